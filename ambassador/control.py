@@ -1,0 +1,220 @@
+"""Control records: what the parent tells a worker over its control pipe. Packing only, no I/O.
+
+A record is a 16-byte header and a payload, little-endian:
+
+    offset  size  field
+    0       1     version      VERSION; a worker rejects any other
+    1       1     type         RecordType
+    2       2     reserved     zero
+    4       4     length       of the payload, bytes, at most MAX_PAYLOAD
+    8       8     generation   of the listener's backends; 0 in records that do not carry any
+
+Invariants:
+
+- The stream is self-delimiting: a reader needs no state but the bytes it has not consumed yet.
+- Anything that does not parse raises `BadRecord`; a reader never guesses where the next one begins.
+- The newest generation wins: a record with a lower one than was applied is ignored by the worker.
+- Backends travel as a *list* from the first day: none means hold, one is usual, more are replicas.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ambassador.model import Listener, Protocol
+
+VERSION = 1
+MAX_PAYLOAD = 60_000
+"""Bytes. A pipe holds 64 KiB, so a record always fits an empty one."""
+
+MAX_BACKENDS = 1024
+
+_HEADER = struct.Struct("<BBHIQ")
+_START = struct.Struct("<HBBIIIIII")
+_BACKEND = struct.Struct("<BBHIQ16s")
+_REPOINT = struct.Struct("<HH")
+_DRAIN = struct.Struct("<I")
+
+
+class BadRecord(ValueError):
+    """The bytes are no control record of this version."""
+
+
+class RecordType(enum.IntEnum):
+    START = 1
+    REPOINT = 2
+    DRAIN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first record a worker gets: which listener it serves, and its limits.
+
+    Times are milliseconds. `pipe_bytes` 0 forces copying; `gso` False forces one send per datagram.
+    """
+
+    listener: Listener
+    hold_ms: int = 10_000
+    connect_ms: int = 5_000
+    session_idle_ms: int = 90_000
+    max_sessions: int = 16_384
+    max_held: int = 4_096
+    pipe_bytes: int = 1 << 20
+    gso: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A backend as a worker sees it.
+
+    `identity` is the supervisor's number for this run of this container at this address: a
+    connection whose backend's identity is not in the newest list is reset.
+    """
+
+    address: str
+    port: int
+    identity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Repoint:
+    """The complete list of backends from now on, and the words for the process title."""
+
+    generation: int
+    backends: tuple[Destination, ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new work, finish what is open, exit; reset what is left after `deadline_ms`."""
+
+    deadline_ms: int
+
+
+Record = Start | Repoint | Drain
+
+
+def pack(record: Record) -> bytes:
+    """One record as bytes. Raises ValueError where a field does not fit its place."""
+    try:
+        match record:
+            case Start():
+                kind, generation, payload = RecordType.START, 0, _pack_start(record)
+            case Repoint():
+                kind, generation, payload = RecordType.REPOINT, record.generation, _pack_repoint(record)
+            case Drain():
+                kind, generation, payload = RecordType.DRAIN, 0, _DRAIN.pack(record.deadline_ms)
+    except struct.error as error:
+        raise ValueError(f"{record} does not fit a control record: {error}") from error
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"a control record of {len(payload)} bytes is over {MAX_PAYLOAD}")
+    return _HEADER.pack(VERSION, kind, 0, len(payload), generation) + payload
+
+
+class Unpacker:
+    """Splits a byte stream into records; holds the bytes of an unfinished one."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Record]:
+        """Yield each record that `data` completes. Raises BadRecord; then the stream is unusable."""
+        self._bytes += data
+        while len(self._bytes) >= _HEADER.size:
+            version, kind, reserved, length, generation = _HEADER.unpack_from(self._bytes)
+            if version != VERSION:
+                raise BadRecord(f"control record version {version}, this worker speaks {VERSION}")
+            if reserved or length > MAX_PAYLOAD:
+                raise BadRecord(f"control record header with reserved {reserved}, length {length}")
+            end = _HEADER.size + length
+            if len(self._bytes) < end:
+                return
+            payload = bytes(self._bytes[_HEADER.size : end])
+            del self._bytes[:end]
+            yield _unpack(kind, generation, payload)
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a record that is not complete yet."""
+        return len(self._bytes)
+
+
+def _unpack(kind: int, generation: int, payload: bytes) -> Record:
+    try:
+        match kind:
+            case RecordType.START:
+                return _unpack_start(payload)
+            case RecordType.REPOINT:
+                return _unpack_repoint(generation, payload)
+            case RecordType.DRAIN:
+                return Drain(*_DRAIN.unpack(payload))
+    except (struct.error, ValueError) as error:
+        raise BadRecord(f"control record of type {kind}: {error}") from error
+    raise BadRecord(f"control record of unknown type {kind}")
+
+
+_PROTOCOLS = {Protocol.TCP: 6, Protocol.UDP: 17}
+_FLAG_GSO = 1
+
+
+def _pack_start(record: Start) -> bytes:
+    return _START.pack(
+        record.listener.port,
+        _PROTOCOLS[record.listener.protocol],
+        _FLAG_GSO if record.gso else 0,
+        record.hold_ms,
+        record.connect_ms,
+        record.session_idle_ms,
+        record.max_sessions,
+        record.max_held,
+        record.pipe_bytes,
+    )
+
+
+def _unpack_start(payload: bytes) -> Start:
+    port, number, flags, *limits = _START.unpack(payload)
+    for protocol, known in _PROTOCOLS.items():
+        if number == known:
+            return Start(Listener(port, protocol), *limits, gso=bool(flags & _FLAG_GSO))
+    raise ValueError(f"unknown protocol number {number}")
+
+
+def _pack_repoint(record: Repoint) -> bytes:
+    if len(record.backends) > MAX_BACKENDS:
+        raise ValueError(f"{len(record.backends)} backends are over {MAX_BACKENDS}")
+    title = record.title.encode("utf-8", "backslashreplace")
+    parts = [_REPOINT.pack(len(record.backends), len(title)), title]
+    for backend in record.backends:
+        address, _, zone = backend.address.partition("%")
+        ip = ipaddress.ip_address(address)
+        parts.append(
+            _BACKEND.pack(
+                ip.version, 0, backend.port, int(zone or 0), backend.identity, ip.packed.ljust(16, b"\0")
+            )
+        )
+    return b"".join(parts)
+
+
+def _unpack_repoint(generation: int, payload: bytes) -> Repoint:
+    count, title_length = _REPOINT.unpack_from(payload)
+    start = _REPOINT.size + title_length
+    if len(payload) != start + count * _BACKEND.size or count > MAX_BACKENDS:
+        raise ValueError(f"{count} backends in {len(payload)} bytes")
+    return Repoint(
+        generation,
+        tuple(_unpack_backend(fields) for fields in _BACKEND.iter_unpack(payload[start:])),
+        payload[_REPOINT.size : start].decode("utf-8"),
+    )
+
+
+def _unpack_backend(fields: tuple[int, int, int, int, int, bytes]) -> Destination:
+    version, flags, port, zone, identity, packed = fields
+    if version not in (4, 6) or flags:
+        raise ValueError(f"backend of family {version} with flags {flags}")
+    address = str(ipaddress.ip_address(packed[:4] if version == 4 else packed))
+    return Destination(f"{address}%{zone}" if zone else address, port, identity)
