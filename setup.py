@@ -13,7 +13,6 @@ def loop(name: str) -> Extension:
         f"ambassador.{name}",
         [f"ambassador/{name}.pyx"],
         extra_compile_args=CFLAGS,
-        define_macros=[("CYTHON_USE_FREELISTS", "0")],
     )
 
 
@@ -26,7 +25,6 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": False,
-            "warn.undeclared": True,
         },
     ),
 )

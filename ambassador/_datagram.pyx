@@ -1,0 +1,1014 @@
+"""The UDP relay loop: one epoll loop that moves datagrams between clients and connected backend sockets.
+
+Theory of operation
+-------------------
+A *session* is one UDP client's entry: the address it writes from, the address it wrote to, and a backend
+socket that is connected, so that the kernel ties replies and ICMP errors to the client. Clients write to
+the listener, which is read in batches (recvmmsg). A batch is grouped by session, keeping each session's
+order, and each session's share leaves in one sendmmsg on its backend socket. Replies of all sessions of a
+turn leave together, in one sendmmsg on the listener.
+
+Runs of datagrams of equal size to one session leave as *one* message with UDP_SEGMENT over an iovec, and
+UDP_GRO lets such runs arrive as one: the kernel then walks its stack once for up to 64 datagrams. Where a
+route refuses that (a segment over its MTU gives EINVAL), the run is sent datagram by datagram and the
+session remembers the size.
+
+    wait -> for each event: session? read replies : control? return to Python
+         -> send the replies -> read, group and forward a batch from clients -> expire -> free what ended
+
+Invariants
+----------
+- Datagrams keep their boundaries, 0 to 65,507 bytes; one that was truncated is dropped and counted.
+- A reply goes only to the client whose datagrams its socket carries, from the address that client wrote to.
+- Nothing that an old address still sends is forwarded: its socket is closed when the backend changes.
+- Buffers belong to the worker, never to a session. What a session queues while held is bounded in number
+  and time, and all queues together in bytes.
+- A session that ended is freed after the batch of events that may still name it.
+- When the table is full, the session that proved least goes: first the longest idle of those that never
+  answered a reply (a forged source cannot), then the longest idle of all.
+- Ownership: the loop owns the backend sockets. The listener, the control pipe and the counters page
+  belong to the caller and must outlive the loop.
+
+Sources: udp(7), ip(7), ipv6(7), recvmmsg(2), sendmmsg(2); net/ipv4/udp.c for what UDP_SEGMENT refuses.
+"""
+
+import os
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from ambassador._common cimport (
+    COUNTER_BACKENDS,
+    COUNTER_GENERATION,
+    COUNTER_OWN,
+    COUNTER_VERSION,
+    COUNTERS_BYTES,
+    COUNTERS_VERSION,
+    address_t,
+    backend_set,
+    backend_t,
+    monotonic_ms,
+)
+from ambassador._linux cimport (
+    AF_INET6,
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_LEN,
+    CMSG_NXTHDR,
+    CMSG_SPACE,
+    ECONNREFUSED,
+    EINTR,
+    EINVAL,
+    EIO,
+    EMFILE,
+    EMSGSIZE,
+    ENFILE,
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
+    EPOLLIN,
+    IP_PKTINFO,
+    IPPROTO_IP,
+    IPPROTO_IPV6,
+    IPPROTO_UDP,
+    IPV6_PKTINFO,
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_PRIVATE,
+    MSG_DONTWAIT,
+    MSG_TRUNC,
+    PROT_READ,
+    PROT_WRITE,
+    SO_RCVBUF,
+    SO_SNDBUF,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_NONBLOCK,
+    SOL_SOCKET,
+    UDP_GRO,
+    UDP_SEGMENT,
+    close,
+    cmsghdr,
+    connect,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    epoll_wait,
+    errno,
+    in6_pktinfo,
+    in_pktinfo,
+    iovec,
+    mmap,
+    mmsghdr,
+    msghdr,
+    munmap,
+    recvmmsg,
+    sendmmsg,
+    sendmsg,
+    setsockopt,
+    sockaddr,
+    socket,
+    socklen_t,
+)
+
+# ---------------------------------------------------------------------------------------------- limits
+
+cdef enum:
+    BATCH = 32  # messages of one recvmmsg; with GRO each may be a run of many datagrams
+    BUFFER_BYTES = 65536  # of one message: the largest datagram, or the longest run
+    CONTROL_BYTES = 128  # room for one packet-info and one segment-size header
+    OUTBOX = 64  # messages of one sendmmsg
+    RUN_BYTES = 65000  # of one UDP_SEGMENT message: under 65,535 with any header
+    RUN_SEGMENTS = 64  # UDP_MAX_SEGMENTS of kernels before 6.10
+    EVENT_BATCH = 256
+    QUEUE_DATAGRAMS = 64  # of one session while held
+    QUEUE_MS = 5000  # older ones are of no use to anybody
+    QUEUE_BYTES = 8 << 20  # of all sessions together
+    SOCKET_BUFFER = 1 << 20  # bytes asked for a backend socket; the kernel clamps it
+    DRAIN_MS = 100  # replies that are on their way get this long
+    DRAIN_RECENT_MS = 1000  # and are expected only where there was traffic this recently
+
+cdef enum:
+    TO_BACKEND = 0
+    TO_CLIENT = 1
+
+cdef enum:  # flags of a session
+    REPLIED = 1  # the backend has answered
+    ESTABLISHED = 2  # and the client has gone on after the answer: its address is no forgery
+    ENDED = 4  # freed at the end of the batch
+
+cdef enum:  # classes of sessions, each a list from the longest idle to the latest
+    UNPROVEN = 0
+    PROVEN = 1
+    CLASSES = 2
+
+cdef enum:  # epoll_event.data where it is no session
+    EVENT_LISTENER = 0
+    EVENT_CONTROL = 1
+
+cdef enum:  # why the loop returned to Python
+    REASON_CONTROL = 1
+    REASON_DRAINED = 2
+
+cdef enum:  # words of the counters page; datagrams unless they say bytes
+    SESSIONS_CREATED = COUNTER_OWN
+    SESSIONS_ACTIVE
+    SESSIONS_EXPIRED
+    SESSIONS_EVICTED
+    RECEIVED_FROM_CLIENT
+    RECEIVED_FROM_BACKEND
+    SENT_TO_BACKEND
+    SENT_TO_CLIENT
+    BYTES_FROM_CLIENT
+    BYTES_FROM_BACKEND
+    BYTES_TO_BACKEND
+    BYTES_TO_CLIENT
+    DROPPED_TRUNCATED
+    DROPPED_SEND_TO_BACKEND  # the kernel took it not: ENOBUFS, EPERM, EMSGSIZE, no route
+    DROPPED_SEND_TO_CLIENT
+    DROPPED_NO_BACKEND  # held too long, too many, or -hold 0
+    DROPPED_NO_SESSION  # no memory or descriptor for a new client
+    REFUSED  # the backend's ICMP said that nobody listens
+    QUEUED_NOW
+    GSO_REFUSED  # runs that a route would not take whole
+    MESSAGES_TO_BACKEND  # what the kernel was handed: a run counts once
+    MESSAGES_TO_CLIENT
+    COUNTERS_END
+
+COUNTERS = (
+    "sessions_created", "sessions_active", "sessions_expired", "sessions_evicted",
+    "received_from_client", "received_from_backend", "sent_to_backend", "sent_to_client",
+    "bytes_from_client", "bytes_from_backend", "bytes_to_backend", "bytes_to_client",
+    "dropped_truncated", "dropped_send_to_backend", "dropped_send_to_client", "dropped_no_backend",
+    "dropped_no_session", "refused", "queued", "gso_refused", "messages_to_backend", "messages_to_client",
+)
+CONTROL = REASON_CONTROL
+DRAINED = REASON_DRAINED
+
+# --------------------------------------------------------------------------------------------- structs
+
+cdef struct key_t:  # what tells two sessions apart; no padding, so that memcmp is right
+    uint64_t client[2]
+    uint64_t local[2]
+    uint32_t zone
+    uint32_t port
+
+cdef struct queued_t:
+    queued_t *next
+    int64_t since
+    uint32_t length
+    uint8_t data[1]
+
+cdef struct session_t:
+    key_t key
+    address_t client
+    socklen_t client_length
+    int fd  # connected to the backend; -1 until there is something to send to one
+    uint64_t identity  # of the backend that fd is connected to
+    int64_t seen  # ms, the latest traffic either way
+    uint16_t whole_limit[2]  # per direction: runs of segments this large were refused; 0: none were
+    uint8_t flags
+    uint8_t queue_length
+    uint16_t first  # 1 + index of this batch's first message, 0 for none
+    uint16_t last
+    queued_t *queue_head
+    queued_t *queue_tail
+    session_t *chain  # in the bucket
+    session_t *older
+    session_t *newer
+    session_t *touched  # the next session of this batch, or of those that ended
+
+cdef struct inbox_t:  # BATCH messages to receive into
+    mmsghdr messages[BATCH]
+    iovec iov[BATCH]
+    address_t names[BATCH]
+    uint8_t control[BATCH][CONTROL_BYTES]
+    uint16_t following[BATCH]  # 1 + index of the same session's next message
+    char *buffers
+
+cdef struct outbox_t:  # OUTBOX messages to send, each one datagram or a run of equal ones
+    mmsghdr messages[OUTBOX]
+    iovec iov[OUTBOX]
+    uint8_t control[OUTBOX][CONTROL_BYTES]
+    session_t *sessions[OUTBOX]
+    uint32_t segment[OUTBOX]
+    uint32_t segments[OUTBOX]
+    uint32_t bytes[OUTBOX]
+    uint8_t closed[OUTBOX]  # a shorter datagram ended the run
+    uint32_t count
+    uint32_t iovs
+
+cdef struct class_t:
+    session_t *oldest
+    session_t *newest
+
+cdef struct relay_t:
+    int epoll
+    int listener
+    int control
+    uint32_t hold_ms
+    uint32_t idle_ms
+    uint32_t max_sessions
+    bint gso
+    uint64_t *counters
+    uint64_t seed  # of the hash, so that nobody can choose addresses that collide
+    uint32_t mask
+    session_t **buckets
+    class_t classes[CLASSES]
+    session_t *ended
+    backend_t *backends
+    uint32_t backend_count
+    uint32_t backend_turn
+    uint64_t queued_bytes
+    inbox_t *inbox
+    uint32_t inbox_used
+    outbox_t *outbox
+    int64_t now
+    int64_t drain_at
+    bint draining
+
+# ------------------------------------------------------------------------------------------ the outbox
+
+
+cdef void outbox_clear(outbox_t *box) noexcept nogil:
+    box.count = box.iovs = 0
+
+
+cdef void outbox_append(
+    outbox_t *box, session_t *session, void *data, uint32_t length, uint32_t segment, uint32_t segments
+) noexcept nogil:
+    """A new message. The caller has seen to it that there is room."""
+    cdef uint32_t place = box.count
+    box.sessions[place] = session
+    box.segment[place] = segment
+    box.segments[place] = segments
+    box.bytes[place] = length
+    box.closed[place] = length != segment * segments
+    box.iov[box.iovs].iov_base = data
+    box.iov[box.iovs].iov_len = length
+    memset(&box.messages[place], 0, sizeof(mmsghdr))
+    box.messages[place].msg_hdr.msg_iov = &box.iov[box.iovs]
+    box.messages[place].msg_hdr.msg_iovlen = 1
+    box.count += 1
+    box.iovs += 1
+
+
+cdef bint outbox_join(
+    outbox_t *box, session_t *session, void *data, uint32_t length, uint32_t segment, uint32_t segments
+) noexcept nogil:
+    """Put it behind the last message as a part of the same run, if it fits one."""
+    cdef uint32_t place = box.count - 1
+    if box.count == 0 or box.sessions[place] != session or box.closed[place] or length == 0:
+        return False
+    if segment != box.segment[place] and not (segments == 1 and length < box.segment[place]):
+        return False
+    if box.segments[place] + segments > RUN_SEGMENTS or box.bytes[place] + length > RUN_BYTES:
+        return False
+    box.iov[box.iovs].iov_base = data
+    box.iov[box.iovs].iov_len = length
+    box.iovs += 1
+    box.messages[place].msg_hdr.msg_iovlen += 1
+    box.segments[place] += segments
+    box.bytes[place] += length
+    box.closed[place] = box.bytes[place] != box.segments[place] * box.segment[place]
+    return True
+
+
+cdef void outbox_add(
+    relay_t *relay, session_t *session, int d, void *data, uint32_t length, uint32_t segment
+) noexcept nogil:
+    """`data` holds datagrams of `segment` bytes, the last one maybe shorter; it must live until the flush."""
+    cdef outbox_t *box = relay.outbox
+    cdef uint32_t segments = 1, start = 0, size
+    cdef bint whole = relay.gso and (session.whole_limit[d] == 0 or segment < session.whole_limit[d])
+    if segment and segment < length:
+        segments = (length + segment - 1) // segment
+    else:
+        segment = length
+    if whole and outbox_join(box, session, data, length, segment, segments):
+        return
+    if segments == 1 or (whole and segments <= RUN_SEGMENTS and length <= RUN_BYTES):
+        outbox_append(box, session, data, length, segment, segments)
+        if box.count == OUTBOX or box.iovs == OUTBOX:
+            outbox_flush(relay, d)
+        return
+    while start < length:
+        size = min(segment, length - start)
+        outbox_append(box, session, <char *>data + start, size, size, 1)
+        if box.count == OUTBOX or box.iovs == OUTBOX:
+            outbox_flush(relay, d)
+        start += segment
+
+
+cdef void outbox_address(relay_t *relay, uint32_t place, int d) noexcept nogil:
+    """The headers of one message: whom to, where from, and the size of its segments if it is a run."""
+    cdef outbox_t *box = relay.outbox
+    cdef session_t *session = box.sessions[place]
+    cdef msghdr *header = &box.messages[place].msg_hdr
+    cdef cmsghdr *item
+    cdef in6_pktinfo *local6
+    cdef in_pktinfo *local4
+    cdef size_t used = 0
+    header.msg_control = &box.control[place][0]
+    header.msg_controllen = CONTROL_BYTES
+    memset(header.msg_control, 0, CONTROL_BYTES)
+    item = CMSG_FIRSTHDR(header)
+    if d == TO_CLIENT:
+        header.msg_name = &session.client
+        header.msg_namelen = session.client_length
+        if session.client.v6.sin6_family == AF_INET6:
+            item.cmsg_level, item.cmsg_type = IPPROTO_IPV6, IPV6_PKTINFO
+            item.cmsg_len = CMSG_LEN(sizeof(in6_pktinfo))
+            local6 = <in6_pktinfo *>CMSG_DATA(item)
+            memcpy(&local6.ipi6_addr, session.key.local, 16)
+            used += CMSG_SPACE(sizeof(in6_pktinfo))
+        else:
+            item.cmsg_level, item.cmsg_type = IPPROTO_IP, IP_PKTINFO
+            item.cmsg_len = CMSG_LEN(sizeof(in_pktinfo))
+            local4 = <in_pktinfo *>CMSG_DATA(item)
+            memcpy(&local4.ipi_spec_dst, session.key.local, 4)
+            used += CMSG_SPACE(sizeof(in_pktinfo))
+        item = CMSG_NXTHDR(header, item)
+    if box.segments[place] > 1:
+        item.cmsg_level, item.cmsg_type = IPPROTO_UDP, UDP_SEGMENT
+        item.cmsg_len = CMSG_LEN(sizeof(uint16_t))
+        (<uint16_t *>CMSG_DATA(item))[0] = box.segment[place]
+        used += CMSG_SPACE(sizeof(uint16_t))
+    header.msg_controllen = used
+
+
+cdef void outbox_split(relay_t *relay, int fd, uint32_t place, int d) noexcept nogil:
+    """Send a run one datagram at a time: its route would not take it whole."""
+    cdef outbox_t *box = relay.outbox
+    cdef msghdr header = box.messages[place].msg_hdr
+    cdef iovec *run = header.msg_iov
+    cdef size_t parts = header.msg_iovlen, i, start
+    cdef iovec piece
+    # The packet info comes first and stays; the size of the segments, behind it, goes.
+    header.msg_controllen -= CMSG_SPACE(sizeof(uint16_t))
+    header.msg_iov = &piece
+    header.msg_iovlen = 1
+    for i in range(parts):
+        start = 0
+        while start < run[i].iov_len:
+            piece.iov_base = <char *>run[i].iov_base + start
+            piece.iov_len = min(<size_t>box.segment[place], run[i].iov_len - start)
+            start += piece.iov_len
+            if sendmsg(fd, &header, MSG_DONTWAIT) < 0:
+                relay.counters[DROPPED_SEND_TO_BACKEND + d] += 1
+            else:
+                relay.counters[SENT_TO_BACKEND + d] += 1
+                relay.counters[BYTES_TO_BACKEND + d] += piece.iov_len
+                relay.counters[MESSAGES_TO_BACKEND + d] += 1
+
+
+cdef void outbox_flush(relay_t *relay, int d) noexcept nogil:
+    """Send everything in it. To a backend, all messages are of one session; to clients, of any."""
+    cdef outbox_t *box = relay.outbox
+    cdef uint32_t place = 0, i
+    cdef bint retried = False
+    cdef int sent
+    cdef int fd = relay.listener
+    if box.count and d == TO_BACKEND:
+        fd = box.sessions[0].fd
+    for i in range(box.count):
+        outbox_address(relay, i, d)
+    while place < box.count:
+        sent = sendmmsg(fd, &box.messages[place], box.count - place, MSG_DONTWAIT)
+        if sent > 0:
+            for i in range(place, place + sent):
+                relay.counters[SENT_TO_BACKEND + d] += box.segments[i]
+                relay.counters[BYTES_TO_BACKEND + d] += box.bytes[i]
+            relay.counters[MESSAGES_TO_BACKEND + d] += sent
+            place += sent
+            retried = False
+        elif errno == EINTR:
+            continue
+        elif errno == ECONNREFUSED and not retried:  # the answer to an earlier datagram, not to this one
+            relay.counters[REFUSED] += 1
+            retried = True
+        elif box.segments[place] > 1 and (errno == EINVAL or errno == EIO or errno == EMSGSIZE):
+            relay.counters[GSO_REFUSED] += 1
+            box.sessions[place].whole_limit[d] = box.segment[place]
+            outbox_split(relay, fd, place, d)
+            place += 1
+        else:
+            relay.counters[DROPPED_SEND_TO_BACKEND + d] += box.segments[place]
+            place += 1
+            retried = False
+    outbox_clear(box)
+
+
+# ------------------------------------------------------------------------------------------- the inbox
+
+
+cdef int inbox_receive(relay_t *relay, int fd, bint named) noexcept nogil:
+    """Receive behind what is in use. How many messages came (0 for none, or an error of the past)."""
+    cdef inbox_t *box = relay.inbox
+    cdef uint32_t i
+    cdef int got
+    for i in range(relay.inbox_used, <uint32_t>BATCH):
+        box.messages[i].msg_hdr.msg_namelen = sizeof(address_t) if named else 0
+        box.messages[i].msg_hdr.msg_name = &box.names[i] if named else NULL
+        box.messages[i].msg_hdr.msg_controllen = CONTROL_BYTES
+        box.messages[i].msg_hdr.msg_flags = 0
+    while True:
+        got = recvmmsg(fd, &box.messages[relay.inbox_used], BATCH - relay.inbox_used, MSG_DONTWAIT, NULL)
+        if got >= 0 or errno != EINTR:
+            break
+    if got < 0 and errno == ECONNREFUSED:
+        relay.counters[REFUSED] += 1
+    return max(got, 0)
+
+
+cdef uint32_t message_segment(msghdr *header, key_t *key) noexcept nogil:
+    """The size of a run's datagrams, 0 if it is a single one; fills in where it was sent to."""
+    cdef cmsghdr *item = CMSG_FIRSTHDR(header)
+    cdef uint32_t segment = 0
+    while item != NULL:
+        if item.cmsg_level == IPPROTO_UDP and item.cmsg_type == UDP_GRO:
+            segment = (<int *>CMSG_DATA(item))[0]
+        elif key == NULL:
+            pass
+        elif item.cmsg_level == IPPROTO_IPV6 and item.cmsg_type == IPV6_PKTINFO:
+            memcpy(key.local, &(<in6_pktinfo *>CMSG_DATA(item)).ipi6_addr, 16)
+        elif item.cmsg_level == IPPROTO_IP and item.cmsg_type == IP_PKTINFO:
+            memcpy(key.local, &(<in_pktinfo *>CMSG_DATA(item)).ipi_spec_dst, 4)
+        item = CMSG_NXTHDR(header, item)
+    return segment
+
+
+cdef inline uint32_t message_datagrams(uint32_t length, uint32_t segment) noexcept nogil:
+    if segment == 0 or segment >= length:
+        return 1
+    return (length + segment - 1) // segment
+
+
+# --------------------------------------------------------------------------------------------- session
+
+
+cdef uint32_t key_hash(relay_t *relay, key_t *key) noexcept nogil:
+    cdef uint64_t *words = <uint64_t *>key
+    cdef uint64_t hash = relay.seed
+    cdef uint32_t i
+    for i in range(sizeof(key_t) // sizeof(uint64_t)):
+        hash = (hash ^ words[i]) * <uint64_t>0x9E3779B97F4A7C15
+        hash ^= hash >> 29
+    return <uint32_t>(hash >> 32) & relay.mask
+
+
+cdef void class_remove(relay_t *relay, session_t *session) noexcept nogil:
+    cdef class_t *members = &relay.classes[PROVEN if session.flags & ESTABLISHED else UNPROVEN]
+    if session.older != NULL:
+        session.older.newer = session.newer
+    else:
+        members.oldest = session.newer
+    if session.newer != NULL:
+        session.newer.older = session.older
+    else:
+        members.newest = session.older
+
+
+cdef void class_add(relay_t *relay, session_t *session) noexcept nogil:
+    """As the latest of its class."""
+    cdef class_t *members = &relay.classes[PROVEN if session.flags & ESTABLISHED else UNPROVEN]
+    session.older = members.newest
+    session.newer = NULL
+    if members.newest != NULL:
+        members.newest.newer = session
+    else:
+        members.oldest = session
+    members.newest = session
+
+
+cdef void session_seen(relay_t *relay, session_t *session, uint8_t proof) noexcept nogil:
+    class_remove(relay, session)
+    session.flags |= proof
+    session.seen = relay.now
+    class_add(relay, session)
+
+
+cdef void session_forget_queue(relay_t *relay, session_t *session) noexcept nogil:
+    """Drop what is queued; the caller counts it."""
+    cdef queued_t *item = session.queue_head
+    cdef queued_t *following
+    while item != NULL:
+        following = item.next
+        relay.queued_bytes -= item.length
+        free(item)
+        item = following
+    relay.counters[QUEUED_NOW] -= session.queue_length
+    session.queue_head = session.queue_tail = NULL
+    session.queue_length = 0
+
+
+cdef void session_hang_up(session_t *session) noexcept nogil:
+    if session.fd >= 0:
+        close(session.fd)
+        session.fd = -1
+
+
+cdef void session_end(relay_t *relay, session_t *session, int counter) noexcept nogil:
+    """Out of the table; its memory goes at the end of the batch."""
+    cdef session_t **place = &relay.buckets[key_hash(relay, &session.key)]
+    while place[0] != session:
+        place = &place[0].chain
+    place[0] = session.chain
+    class_remove(relay, session)
+    relay.counters[DROPPED_NO_BACKEND] += session.queue_length
+    session_forget_queue(relay, session)
+    session_hang_up(session)
+    session.flags |= ENDED
+    session.touched = relay.ended
+    relay.ended = session
+    relay.counters[SESSIONS_ACTIVE] -= 1
+    relay.counters[counter] += 1
+
+
+cdef bint session_evict(relay_t *relay, session_t *spared) noexcept nogil:
+    """Make room for another client. False when there is nobody but `spared` to evict."""
+    cdef session_t *victim = relay.classes[UNPROVEN].oldest
+    if victim == NULL or victim == spared or victim.first:
+        victim = relay.classes[PROVEN].oldest
+    # One that is part of the batch in hand stays: its messages are about to be sent.
+    if victim == NULL or victim == spared or victim.first:
+        return False
+    session_end(relay, victim, SESSIONS_EVICTED)
+    return True
+
+
+cdef session_t *session_find(relay_t *relay, key_t *key, address_t *client, socklen_t length) noexcept nogil:
+    """The client's session, made if there is none; NULL where none can be made."""
+    cdef session_t **bucket = &relay.buckets[key_hash(relay, key)]
+    cdef session_t *session = bucket[0]
+    while session != NULL:
+        if memcmp(&session.key, key, sizeof(key_t)) == 0:
+            return session
+        session = session.chain
+    if relay.counters[SESSIONS_ACTIVE] >= relay.max_sessions and not session_evict(relay, NULL):
+        return NULL
+    session = <session_t *>calloc(1, sizeof(session_t))
+    if session == NULL:
+        return NULL
+    session.key = key[0]
+    session.client = client[0]
+    session.client_length = length
+    session.fd = -1
+    session.seen = relay.now
+    session.chain = bucket[0]
+    bucket[0] = session
+    class_add(relay, session)
+    relay.counters[SESSIONS_CREATED] += 1
+    relay.counters[SESSIONS_ACTIVE] += 1
+    return session
+
+
+cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
+    """Give it a socket that is connected to the next backend. False where there is none or it fails."""
+    cdef backend_t *backend
+    cdef epoll_event event
+    cdef int on = 1, bytes = SOCKET_BUFFER, fd
+    if relay.backend_count == 0:
+        return False
+    backend = &relay.backends[relay.backend_turn % relay.backend_count]
+    relay.backend_turn += 1
+    fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
+    if fd < 0 and (errno == EMFILE or errno == ENFILE) and session_evict(relay, session):
+        fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
+    if fd < 0:
+        return False
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes))
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
+    if relay.gso:
+        setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on))
+    event.events = EPOLLIN
+    event.data.u64 = <uintptr_t>session
+    if (
+        connect(fd, <sockaddr *>&backend.address, backend.length) < 0
+        or epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0
+    ):
+        close(fd)
+        return False
+    session.fd = fd
+    session.identity = backend.identity
+    session.whole_limit[TO_BACKEND] = 0
+    return True
+
+
+cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t length) noexcept nogil:
+    """Keep one datagram until there is a backend, within bounds."""
+    cdef queued_t *item = NULL
+    if (
+        relay.hold_ms
+        and session.queue_length < QUEUE_DATAGRAMS
+        and relay.queued_bytes + length <= QUEUE_BYTES
+    ):
+        item = <queued_t *>malloc(sizeof(queued_t) + length)
+    if item == NULL:
+        relay.counters[DROPPED_NO_BACKEND] += 1
+        return
+    item.next = NULL
+    item.since = relay.now
+    item.length = length
+    memcpy(item.data, data, length)
+    if session.queue_tail != NULL:
+        session.queue_tail.next = item
+    else:
+        session.queue_head = item
+    session.queue_tail = item
+    session.queue_length += 1
+    relay.queued_bytes += length
+    relay.counters[QUEUED_NOW] += 1
+
+
+cdef void session_release(relay_t *relay, session_t *session) noexcept nogil:
+    """There is a backend: send what was queued, in its order, before anything newer."""
+    cdef queued_t *item = session.queue_head
+    cdef int64_t oldest = relay.now - min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    while item != NULL:
+        if item.since < oldest:
+            relay.counters[DROPPED_NO_BACKEND] += 1
+        else:
+            outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
+        item = item.next
+    outbox_flush(relay, TO_BACKEND)
+    session_forget_queue(relay, session)
+
+
+cdef void session_forward(relay_t *relay, session_t *session) noexcept nogil:
+    """Send on this batch's messages of one client, or queue them while there is no backend."""
+    cdef inbox_t *box = relay.inbox
+    cdef uint32_t i, length, segment, start
+    cdef uint32_t following = session.first
+    cdef bint connected
+    session.first = 0
+    connected = session.fd >= 0 or session_dial(relay, session)
+    if connected and session.queue_head != NULL:
+        session_release(relay, session)
+    while following:
+        i = following - 1
+        following = box.following[i]
+        length = box.messages[i].msg_len
+        segment = message_segment(&box.messages[i].msg_hdr, NULL)
+        if connected:
+            outbox_add(relay, session, TO_BACKEND, box.iov[i].iov_base, length, segment)
+        elif relay.backend_count:
+            relay.counters[DROPPED_NO_SESSION] += message_datagrams(length, segment)
+        elif message_datagrams(length, segment) == 1:
+            session_queue(relay, session, <char *>box.iov[i].iov_base, length)
+        else:
+            start = 0
+            while start < length:
+                session_queue(
+                    relay, session, <char *>box.iov[i].iov_base + start, min(segment, length - start)
+                )
+                start += segment
+    if connected:
+        outbox_flush(relay, TO_BACKEND)
+
+
+cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
+    """Take replies of one backend socket into the inbox; they leave with the turn's others."""
+    cdef inbox_t *box = relay.inbox
+    cdef uint32_t i, length, segment, count
+    cdef int got
+    if session.flags & ENDED or session.fd < 0:  # ended by an earlier event of this batch
+        return
+    got = inbox_receive(relay, session.fd, False)
+    if got > 0:
+        session_seen(relay, session, REPLIED)
+    for i in range(relay.inbox_used, relay.inbox_used + got):
+        length = box.messages[i].msg_len
+        segment = message_segment(&box.messages[i].msg_hdr, NULL)
+        count = message_datagrams(length, segment)
+        relay.counters[RECEIVED_FROM_BACKEND] += count
+        relay.counters[BYTES_FROM_BACKEND] += length
+        if box.messages[i].msg_hdr.msg_flags & MSG_TRUNC:
+            relay.counters[DROPPED_TRUNCATED] += count
+        else:
+            outbox_add(relay, session, TO_CLIENT, box.iov[i].iov_base, length, segment)
+    relay.inbox_used += got
+    if relay.inbox_used == BATCH:
+        replies_send(relay)
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+cdef void replies_send(relay_t *relay) noexcept nogil:
+    outbox_flush(relay, TO_CLIENT)
+    relay.inbox_used = 0
+
+
+cdef void clients_receive(relay_t *relay) noexcept nogil:
+    """One batch from the listener: find each message's session, then let each session forward its own."""
+    cdef inbox_t *box = relay.inbox
+    cdef session_t *touched = NULL
+    cdef session_t *session
+    cdef int got = inbox_receive(relay, relay.listener, True)
+    cdef int i
+    cdef uint32_t segment, count
+    cdef key_t key
+    for i in range(got):
+        memset(&key, 0, sizeof(key))
+        segment = message_segment(&box.messages[i].msg_hdr, &key)
+        count = message_datagrams(box.messages[i].msg_len, segment)
+        relay.counters[RECEIVED_FROM_CLIENT] += count
+        relay.counters[BYTES_FROM_CLIENT] += box.messages[i].msg_len
+        if box.messages[i].msg_hdr.msg_flags & MSG_TRUNC:
+            relay.counters[DROPPED_TRUNCATED] += count
+            continue
+        if box.names[i].v6.sin6_family == AF_INET6:
+            memcpy(key.client, &box.names[i].v6.sin6_addr, 16)
+            key.zone = box.names[i].v6.sin6_scope_id
+            key.port = box.names[i].v6.sin6_port
+        else:
+            memcpy(key.client, &box.names[i].v4.sin_addr, 4)
+            key.port = box.names[i].v4.sin_port
+        session = session_find(relay, &key, &box.names[i], box.messages[i].msg_hdr.msg_namelen)
+        if session == NULL:
+            relay.counters[DROPPED_NO_SESSION] += count
+            continue
+        box.following[i] = 0
+        if session.first:
+            box.following[session.last - 1] = i + 1
+        else:
+            session.first = i + 1
+            session.touched = touched
+            touched = session
+            session_seen(relay, session, ESTABLISHED if session.flags & REPLIED else 0)
+        session.last = i + 1
+    while touched != NULL:
+        session = touched
+        touched = session.touched
+        session_forward(relay, session)
+
+
+cdef void expire(relay_t *relay) noexcept nogil:
+    cdef int i
+    for i in range(CLASSES):
+        while relay.classes[i].oldest != NULL and relay.classes[i].oldest.seen + relay.idle_ms <= relay.now:
+            session_end(relay, relay.classes[i].oldest, SESSIONS_EXPIRED)
+
+
+cdef int next_timeout(relay_t *relay) noexcept nogil:
+    """Milliseconds until a session expires or draining ends; -1 (no timer at all) when neither can."""
+    cdef int64_t due = -1
+    cdef int i
+    for i in range(CLASSES):
+        if relay.classes[i].oldest != NULL and (due < 0 or relay.classes[i].oldest.seen + relay.idle_ms < due):
+            due = relay.classes[i].oldest.seen + relay.idle_ms
+    if relay.draining and (due < 0 or relay.drain_at < due):
+        due = relay.drain_at
+    if due < 0:
+        return -1
+    return <int>max(due - relay.now, 0)
+
+
+cdef void free_ended(relay_t *relay) noexcept nogil:
+    cdef session_t *session
+    while relay.ended != NULL:
+        session = relay.ended
+        relay.ended = session.touched
+        free(session)
+
+
+cdef int relay_run(relay_t *relay) noexcept nogil:
+    """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
+    cdef epoll_event events[EVENT_BATCH]
+    cdef int count, i
+    cdef bint control = False, clients
+    while True:
+        count = epoll_wait(relay.epoll, events, EVENT_BATCH, next_timeout(relay))
+        if count < 0 and errno != EINTR:
+            return -1
+        relay.now = monotonic_ms()
+        clients = False
+        for i in range(max(count, 0)):
+            if events[i].data.u64 == EVENT_LISTENER:
+                clients = True
+            elif events[i].data.u64 == EVENT_CONTROL:
+                control = True
+            else:
+                session_receive(relay, <session_t *><uintptr_t>events[i].data.u64)
+        replies_send(relay)
+        if clients:
+            clients_receive(relay)
+        expire(relay)
+        free_ended(relay)
+        if control:
+            return REASON_CONTROL
+        if relay.draining and relay.drain_at <= relay.now:
+            return REASON_DRAINED
+
+
+cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
+    cdef uint32_t i
+    for i in range(relay.backend_count):
+        if relay.backends[i].identity == identity:
+            return True
+    return False
+
+
+cdef void relay_repointed(relay_t *relay) noexcept nogil:
+    """Sessions keep their clients; those whose backend is gone let go of it, and what waits is sent."""
+    cdef session_t *session
+    cdef session_t *newer
+    cdef int i
+    relay.now = monotonic_ms()
+    for i in range(CLASSES):
+        session = relay.classes[i].oldest
+        while session != NULL:
+            if session.fd >= 0 and not backend_stands(relay, session.identity):
+                session_hang_up(session)
+            session = session.newer
+    for i in range(CLASSES):
+        session = relay.classes[i].oldest
+        # Dialling may evict, even the next one: the queues behind it then wait for their next datagram.
+        while session != NULL and not session.flags & ENDED:
+            newer = session.newer
+            if session.queue_head != NULL and session_dial(relay, session):
+                session_release(relay, session)
+            session = newer
+    free_ended(relay)
+
+
+# ---------------------------------------------------------------------------------------- the Python API
+
+
+cdef class UdpRelay:
+    """The loop of one worker, over a bound datagram socket.
+
+    `listener` (non-blocking, reporting packet info; sockets.bind makes such a one) and `control` (the read
+    end of the control pipe, non-blocking) stay the caller's. `counters` is a writable buffer of
+    COUNTERS_BYTES, shared with the parent. Times are milliseconds. With `gso` false no run of datagrams is
+    sent or received as one. Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer
+    that is too small or a table without room.
+    """
+
+    cdef relay_t relay
+    cdef Py_buffer page
+
+    def __cinit__(
+        self,
+        int listener,
+        int control,
+        *,
+        object counters,
+        uint32_t hold_ms,
+        uint32_t session_idle_ms,
+        uint32_t max_sessions,
+        bint gso,
+    ):
+        cdef epoll_event event
+        cdef uint32_t i, buckets = 1
+        cdef inbox_t *box
+        memset(&self.relay, 0, sizeof(relay_t))
+        self.relay.epoll = -1
+        if max_sessions < 1:
+            raise ValueError("a session table needs room for one")
+        PyObject_GetBuffer(counters, &self.page, PyBUF_WRITABLE)
+        if self.page.len < COUNTERS_BYTES:
+            raise ValueError(f"the counters page has {self.page.len} bytes")
+        self.relay.counters = <uint64_t *>self.page.buf
+        self.relay.listener, self.relay.control = listener, control
+        self.relay.hold_ms, self.relay.idle_ms = hold_ms, session_idle_ms
+        self.relay.max_sessions, self.relay.gso = max_sessions, gso
+        self.relay.now = monotonic_ms()
+        self.relay.seed = int.from_bytes(os.urandom(8), "little")
+        while buckets < max_sessions and buckets < 1 << 20:
+            buckets *= 2
+        self.relay.mask = buckets - 1
+        self.relay.buckets = <session_t **>calloc(buckets, sizeof(session_t *))
+        self.relay.inbox = box = <inbox_t *>calloc(1, sizeof(inbox_t))
+        self.relay.outbox = <outbox_t *>calloc(1, sizeof(outbox_t))
+        if self.relay.buckets == NULL or self.relay.inbox == NULL or self.relay.outbox == NULL:
+            raise MemoryError
+        # mmap and not malloc: pages that no datagram has reached yet are no memory.
+        box.buffers = <char *>mmap(
+            NULL, BATCH * BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+        )
+        if <void *>box.buffers == MAP_FAILED:
+            box.buffers = NULL
+            raise MemoryError
+        for i in range(<uint32_t>BATCH):
+            box.iov[i].iov_base = box.buffers + i * BUFFER_BYTES
+            box.iov[i].iov_len = BUFFER_BYTES
+            box.messages[i].msg_hdr.msg_iov = &box.iov[i]
+            box.messages[i].msg_hdr.msg_iovlen = 1
+            box.messages[i].msg_hdr.msg_control = &box.control[i][0]
+        self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.relay.epoll < 0:
+            raise OSError(errno, "epoll_create1")
+        event.events, event.data.u64 = EPOLLIN, EVENT_LISTENER
+        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, listener, &event) < 0:
+            raise OSError(errno, "epoll_ctl of the listener")
+        event.events, event.data.u64 = EPOLLIN, EVENT_CONTROL
+        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, control, &event) < 0:
+            raise OSError(errno, "epoll_ctl of the control pipe")
+        self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
+
+    def __dealloc__(self):
+        cdef relay_t *relay = &self.relay
+        cdef int i
+        if relay.counters == NULL:
+            return
+        for i in range(CLASSES):
+            while relay.classes[i].oldest != NULL:
+                session_end(relay, relay.classes[i].oldest, SESSIONS_EXPIRED)
+        free_ended(relay)
+        if relay.epoll >= 0:
+            close(relay.epoll)
+        if relay.inbox != NULL and relay.inbox.buffers != NULL:
+            munmap(relay.inbox.buffers, BATCH * BUFFER_BYTES)
+        free(relay.inbox)
+        free(relay.outbox)
+        free(relay.buckets)
+        free(relay.backends)
+        PyBuffer_Release(&self.page)
+
+    def repoint(self, uint64_t generation, list backends):
+        """From now on these, each `(packed address, port, zone index, identity)`; none means hold.
+
+        Sessions to a backend that is not among them get a new socket with their next datagram; nothing
+        that the old one still receives is forwarded.
+        """
+        cdef uint32_t count = len(backends), i
+        cdef backend_t *replaced = self.relay.backends
+        cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
+        if fresh == NULL:
+            raise MemoryError
+        for i in range(count):
+            packed, port, zone, identity = backends[i]
+            backend_set(&fresh[i], packed, len(packed), port, zone, identity)
+        self.relay.backends, self.relay.backend_count = fresh, count
+        free(replaced)
+        with nogil:
+            relay_repointed(&self.relay)
+        self.relay.counters[COUNTER_BACKENDS] = count
+        self.relay.counters[COUNTER_GENERATION] = generation
+
+    def drain(self, uint32_t deadline_ms):
+        """Read no more from clients; `run` returns DRAINED once replies have had time to arrive."""
+        cdef int i
+        cdef bint recent = False
+        if self.relay.draining:
+            return
+        epoll_ctl(self.relay.epoll, EPOLL_CTL_DEL, self.relay.listener, NULL)
+        self.relay.draining = True
+        self.relay.now = monotonic_ms()
+        for i in range(CLASSES):
+            if self.relay.classes[i].newest != NULL:
+                recent = recent or self.relay.classes[i].newest.seen + DRAIN_RECENT_MS > self.relay.now
+        self.relay.drain_at = self.relay.now + (min(deadline_ms, <uint32_t>DRAIN_MS) if recent else 0)
+
+    def run(self):
+        """Relay until there is something for Python to do: CONTROL or DRAINED. Raises OSError."""
+        cdef int reason
+        with nogil:
+            reason = relay_run(&self.relay)
+        if reason < 0:
+            raise OSError(errno, "epoll_wait")
+        return reason

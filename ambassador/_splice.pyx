@@ -1,0 +1,1020 @@
+"""The TCP relay loop: one edge-triggered epoll loop that moves bytes between pairs of sockets.
+
+Theory of operation
+-------------------
+A *connection* is two sockets, the client's and the backend's, and two *directions*. A direction has a
+source and a destination and moves bytes in one of two ways. It starts by copying: recv into a buffer
+that belongs to the worker, send at once. After FULL_READS reads that filled the buffer it is bulk, and it
+borrows a pipe and splices; after SMALL_MOVES small moves it copies again. Splicing loses below about
+8-16 KiB a move and wins twofold at 64 KiB and over (docs/design.md has the figures).
+
+Each socket is added to epoll once, edge-triggered, and never modified: what the kernel said of it is kept
+in `ready` until a call answers EAGAIN. A direction that has spent its budget goes to the ready list, so
+that one bulk stream does not starve the rest.
+
+    wait -> for each event: listener? accept : control? return to Python : connection? pump
+         -> turn the ready list -> retry what is held -> expire -> free what was closed
+
+While no backend takes connections, clients are *held*: accepted, and not read. One of them, the probe,
+tries the backend every few milliseconds; when it gets through, all are released.
+
+Invariants
+----------
+- What was read first leaves first: nothing is read from a source while its direction has bytes in flight.
+- A pipe that holds bytes is never in the pool; an idle connection has no pipe and no buffer.
+- The end comes last: a direction forwards end of file only with nothing in flight.
+- A client that sees a clean end has got every byte. Every socket is armed (SO_LINGER with time 0, on the
+  client's side inherited from the listener), so whatever ends a connection, SIGKILL of this process
+  included, ends it with a reset; only a connection whose two directions have ended is disarmed first.
+- A closed connection's memory is freed after the batch of events that may still name it.
+- A connection is in exactly one list: connecting, held, open or closed.
+- Ownership: the loop owns every descriptor it accepts or makes. The listener, the control pipe and the
+  counters page belong to the caller and must outlive the loop.
+
+Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LINGER 0 does at close.
+"""
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from ambassador._common cimport (
+    COUNTER_BACKENDS,
+    COUNTER_GENERATION,
+    COUNTER_OWN,
+    COUNTER_VERSION,
+    COUNTERS_BYTES,
+    COUNTERS_VERSION,
+    backend_set,
+    backend_t,
+    monotonic_ms,
+)
+from ambassador._linux cimport (
+    EADDRNOTAVAIL,
+    EAGAIN,
+    EINPROGRESS,
+    EINTR,
+    EINVAL,
+    EMFILE,
+    ENFILE,
+    ENOBUFS,
+    ENOMEM,
+    ENOSYS,
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD,
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    F_GETPIPE_SZ,
+    F_SETPIPE_SZ,
+    IPPROTO_TCP,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    O_CLOEXEC,
+    O_NONBLOCK,
+    SHUT_WR,
+    SO_ERROR,
+    SO_KEEPALIVE,
+    SO_LINGER,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    SPLICE_F_NONBLOCK,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    TCP_NODELAY,
+    accept4,
+    close,
+    connect,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    epoll_wait,
+    errno,
+    fcntl,
+    getsockopt,
+    linger,
+    pipe2,
+    recv,
+    send,
+    setsockopt,
+    shutdown,
+    sockaddr,
+    socket,
+    socklen_t,
+    splice,
+)
+
+# ---------------------------------------------------------------------------------------------- limits
+
+cdef enum:
+    COPY_BYTES = 65536  # of one read while copying; also what counts as a full read
+    FULL_READS = 3  # in a row, and a direction is bulk (HAProxy's rule)
+    SMALL_MOVE = 16384  # bytes; below this a splice costs more than a copy
+    SMALL_MOVES = 3  # in a row, and a direction copies again
+    TURN_BYTES = 1 << 20  # a direction moves at most about this much before others get their turn
+    PIPE_SMALLEST = 65536  # bytes; a smaller pipe is worse than copying
+    POOL_PIPES = 64  # kept open while nobody needs them: 64 x 1 MiB is the default user's share
+    ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
+    EVENT_BATCH = 256
+    RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
+    RETRY_LAST_MS = 100
+    ACCEPT_PAUSE_MS = 100  # with no descriptor left, accepting rests this long
+    KEEPALIVE_IDLE_S = 60
+    KEEPALIVE_INTERVAL_S = 10
+    KEEPALIVE_COUNT = 6
+
+cdef enum:
+    CLIENT = 0
+    BACKEND = 1
+
+cdef enum:
+    TO_BACKEND = 0  # direction d reads from socket d and writes to socket 1 - d
+    TO_CLIENT = 1
+
+cdef enum:  # what epoll said of a socket and no call has contradicted since
+    READABLE = 1
+    WRITABLE = 2
+    ENDED = 4  # a FIN or an error is queued: a short read is not the last
+
+cdef enum:  # flags of a direction
+    SPLICING = 1
+    SOURCE_ENDED = 2
+    ENDED_FORWARDED = 4
+    BROKEN = 8  # the destination takes no more: what is left to read the other way, then a reset
+
+cdef enum:  # what a pump came to
+    PUMP_WAIT = 0  # for an event
+    PUMP_MORE = 1  # the budget is spent
+    PUMP_FAILED = 2  # the connection must be reset
+
+cdef enum:
+    COPY_NO_MEMORY = -2  # bytes were read and there was no room to keep them
+
+cdef enum:  # lists, and states of a connection
+    CONNECTING = 0
+    HELD = 1
+    OPEN = 2
+    CLOSED = 3
+    LISTS = 4
+
+cdef enum:  # what epoll_event.data says where it is no connection
+    EVENT_LISTENER = 0
+    EVENT_CONTROL = 1
+    EVENT_SPECIAL = 2
+
+cdef enum:  # why the loop returned to Python
+    REASON_CONTROL = 1
+    REASON_DRAINED = 2
+
+cdef enum:  # words of the counters page
+    ACCEPTED = COUNTER_OWN
+    ACTIVE
+    CLOSED_CLEAN
+    RESET
+    REJECTED  # never got a backend: hold window over, hold list full, or no hold
+    HELD_NOW
+    HELD_EVER
+    DIAL_FAILED
+    NO_LOCAL_PORT
+    NO_DESCRIPTOR
+    RECEIVED_FROM_CLIENT  # bytes; received = sent + in flight + discarded, per direction
+    RECEIVED_FROM_BACKEND
+    SENT_TO_BACKEND
+    SENT_TO_CLIENT
+    DISCARDED_TO_BACKEND
+    DISCARDED_TO_CLIENT
+    PIPES_OPEN
+    COUNTERS_END
+
+COUNTERS = (
+    "accepted", "active", "closed", "reset", "rejected", "held", "held_total", "dial_failed",
+    "no_local_port", "no_descriptor", "received_from_client", "received_from_backend",
+    "sent_to_backend", "sent_to_client", "discarded_to_backend", "discarded_to_client", "pipes_open",
+)
+CONTROL = REASON_CONTROL
+DRAINED = REASON_DRAINED
+
+# --------------------------------------------------------------------------------------------- structs
+
+cdef struct pipe_t:
+    int read_end
+    int write_end
+    uint32_t capacity  # bytes, read back from the kernel
+    uint32_t bytes  # in flight
+    pipe_t *next
+
+cdef struct direction_t:
+    pipe_t *pipe  # borrowed; NULL unless splicing with bytes in flight
+    char *spill  # the unsent rest of a copied read; NULL when none
+    uint32_t spill_start
+    uint32_t spill_end
+    uint8_t flags
+    uint8_t streak  # full reads while copying, small moves while splicing
+
+cdef struct connection_t:
+    int fd[2]  # CLIENT, BACKEND; the backend's is -1 while held
+    uint8_t ready[2]
+    uint8_t state
+    uint8_t queued  # on the ready list
+    uint8_t was_held
+    direction_t direction[2]  # TO_BACKEND, TO_CLIENT
+    uint64_t identity  # of the backend that was dialled
+    int64_t hold_until  # ms; no new attempt after this
+    int64_t deadline  # ms; of this attempt to connect
+    connection_t *previous
+    connection_t *next
+    connection_t *next_ready
+
+cdef struct list_t:
+    connection_t *head
+    connection_t *tail
+    uint32_t length
+
+cdef struct relay_t:
+    int epoll
+    int listener
+    int control
+    uint32_t hold_ms
+    uint32_t connect_ms
+    uint32_t max_held
+    uint32_t pipe_bytes  # 0: copy, always
+    uint64_t *counters
+    char *buffer  # COPY_BYTES, for every copied read of this worker
+    pipe_t *pool
+    uint32_t pooled
+    list_t lists[LISTS]
+    connection_t *ready_head
+    connection_t *ready_tail
+    backend_t *backends
+    uint32_t backend_count
+    uint32_t backend_turn
+    connection_t *probe  # the held connection that is trying the backend
+    int64_t probe_at
+    uint32_t retry_ms
+    int64_t now
+    int64_t accept_at  # when to accept again; 0 while accepting
+    int64_t drain_at
+    bint draining
+
+# ------------------------------------------------------------------------------------------------ pool
+
+
+cdef pipe_t *pipe_borrow(relay_t *relay) noexcept nogil:
+    """An empty pipe, or NULL where no good one is to be had (then the direction copies)."""
+    cdef pipe_t *pipe = relay.pool
+    cdef int ends[2]
+    cdef int capacity
+    if pipe != NULL:  # the one that was used last: its pages are still warm
+        relay.pool = pipe.next
+        relay.pooled -= 1
+        return pipe
+    pipe = <pipe_t *>malloc(sizeof(pipe_t))
+    if pipe == NULL:
+        return NULL
+    if pipe2(ends, O_NONBLOCK | O_CLOEXEC) < 0:
+        free(pipe)
+        return NULL
+    # EPERM past pipe-user-pages-soft, and past it new pipes are a page or two: read back what we got.
+    fcntl(ends[1], F_SETPIPE_SZ, relay.pipe_bytes)
+    capacity = fcntl(ends[1], F_GETPIPE_SZ)
+    if capacity < PIPE_SMALLEST and <uint32_t>capacity < relay.pipe_bytes:
+        close(ends[0])
+        close(ends[1])
+        free(pipe)
+        return NULL
+    pipe.read_end, pipe.write_end = ends[0], ends[1]
+    pipe.capacity, pipe.bytes = capacity, 0
+    relay.counters[PIPES_OPEN] += 1
+    return pipe
+
+
+cdef void pipe_return(relay_t *relay, pipe_t *pipe) noexcept nogil:
+    """To the pool if it is empty and there is room; otherwise it is closed, bytes and all."""
+    if pipe.bytes == 0 and relay.pooled < POOL_PIPES:
+        pipe.next = relay.pool
+        relay.pool = pipe
+        relay.pooled += 1
+        return
+    close(pipe.read_end)
+    close(pipe.write_end)
+    free(pipe)
+    relay.counters[PIPES_OPEN] -= 1
+
+
+# ------------------------------------------------------------------------------------------- direction
+
+
+cdef inline uint32_t direction_in_flight(direction_t *direction) noexcept nogil:
+    if direction.pipe != NULL:
+        return direction.pipe.bytes
+    return direction.spill_end - direction.spill_start
+
+
+cdef void direction_release(relay_t *relay, direction_t *direction) noexcept nogil:
+    """Give back what a direction borrowed; what it still held is lost."""
+    if direction.pipe != NULL:
+        pipe_return(relay, direction.pipe)
+        direction.pipe = NULL
+    if direction.spill != NULL:
+        free(direction.spill)
+        direction.spill = NULL
+    direction.spill_start = direction.spill_end = 0
+
+
+cdef int direction_break(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """The destination takes no more. Its own last words may still be queued: read them, then reset."""
+    cdef direction_t *direction = &connection.direction[d]
+    relay.counters[DISCARDED_TO_BACKEND + d] += direction_in_flight(direction)
+    direction_release(relay, direction)
+    direction.flags |= BROKEN
+    connection.ready[1 - d] |= READABLE | ENDED
+    if connection.direction[1 - d].flags & (SOURCE_ENDED | BROKEN):
+        return PUMP_FAILED
+    return PUMP_WAIT
+
+
+cdef int direction_flush(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """Send what is in flight. PUMP_MORE when all of it went, PUMP_WAIT when the destination is full."""
+    cdef direction_t *direction = &connection.direction[d]
+    cdef int destination = connection.fd[1 - d]
+    cdef ssize_t moved
+    while direction_in_flight(direction):
+        if direction.pipe != NULL:
+            moved = splice(
+                direction.pipe.read_end, NULL, destination, NULL, direction.pipe.bytes, SPLICE_F_NONBLOCK
+            )
+        else:
+            moved = send(
+                destination,
+                direction.spill + direction.spill_start,
+                direction.spill_end - direction.spill_start,
+                MSG_NOSIGNAL | MSG_DONTWAIT,
+            )
+        if moved > 0:
+            relay.counters[SENT_TO_BACKEND + d] += moved
+            if direction.pipe != NULL:
+                direction.pipe.bytes -= <uint32_t>moved
+            else:
+                direction.spill_start += <uint32_t>moved
+        elif moved < 0 and errno == EINTR:
+            continue
+        elif moved < 0 and errno == EAGAIN:
+            connection.ready[1 - d] &= ~WRITABLE
+            return PUMP_WAIT
+        else:
+            return direction_break(relay, connection, d)
+    if direction.spill != NULL:
+        free(direction.spill)
+        direction.spill = NULL
+        direction.spill_start = direction.spill_end = 0
+    return PUMP_MORE
+
+
+cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """One read into the worker's buffer, sent at once.
+
+    The bytes read, 0 at the end, -1 with errno, or COPY_NO_MEMORY.
+    """
+    cdef direction_t *direction = &connection.direction[d]
+    cdef ssize_t got = recv(connection.fd[d], relay.buffer, COPY_BYTES, MSG_DONTWAIT)
+    cdef ssize_t sent
+    if got <= 0:
+        return got
+    relay.counters[RECEIVED_FROM_CLIENT + d] += got
+    if got < COPY_BYTES:
+        direction.streak = 0
+        # The queue was emptied (epoll(7)), unless an end is queued behind the bytes.
+        if not connection.ready[d] & ENDED:
+            connection.ready[d] &= ~READABLE
+    elif relay.pipe_bytes:
+        direction.streak += 1
+        if direction.streak >= FULL_READS:
+            direction.streak = 0
+            direction.flags |= SPLICING
+    sent = send(connection.fd[1 - d], relay.buffer, got, MSG_NOSIGNAL | MSG_DONTWAIT)
+    if sent == got:
+        relay.counters[SENT_TO_BACKEND + d] += sent
+        return got
+    if sent < 0:
+        sent = 0  # whatever the reason: flushing the rest finds it again
+    relay.counters[SENT_TO_BACKEND + d] += sent
+    direction.spill = <char *>malloc(got - sent)
+    if direction.spill == NULL:
+        relay.counters[DISCARDED_TO_BACKEND + d] += got - sent
+        return COPY_NO_MEMORY
+    memcpy(direction.spill, relay.buffer + sent, got - sent)
+    direction.spill_end = <uint32_t>(got - sent)
+    return got
+
+
+cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """One splice from the source into an empty pipe. As direction_copy, which it becomes without one."""
+    cdef direction_t *direction = &connection.direction[d]
+    cdef ssize_t got
+    if direction.pipe == NULL:
+        direction.pipe = pipe_borrow(relay)
+        if direction.pipe == NULL:
+            direction.flags &= ~SPLICING
+            return direction_copy(relay, connection, d)
+    got = splice(
+        connection.fd[d], NULL, direction.pipe.write_end, NULL, direction.pipe.capacity, SPLICE_F_NONBLOCK
+    )
+    if got > 0:
+        relay.counters[RECEIVED_FROM_CLIENT + d] += got
+        direction.pipe.bytes = <uint32_t>got
+        if got >= SMALL_MOVE:
+            direction.streak = 0
+        else:
+            direction.streak += 1
+            if direction.streak >= SMALL_MOVES:
+                direction.streak = 0
+                direction.flags &= ~SPLICING
+    elif got < 0 and (errno == EINVAL or errno == ENOSYS):
+        relay.pipe_bytes = 0  # this kernel will not: copy from now on
+        direction.flags &= ~SPLICING
+        direction_release(relay, direction)
+        return direction_copy(relay, connection, d)
+    return got
+
+
+cdef int direction_pump(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """Move until the source is empty, the destination is full, the budget is spent, or an end."""
+    cdef direction_t *direction = &connection.direction[d]
+    cdef int64_t budget = TURN_BYTES
+    cdef ssize_t got
+    cdef int flushed
+    while True:
+        if direction.flags & (BROKEN | ENDED_FORWARDED):
+            return PUMP_WAIT
+        if direction_in_flight(direction):
+            if not connection.ready[1 - d] & WRITABLE:
+                return PUMP_WAIT
+            flushed = direction_flush(relay, connection, d)
+            if flushed != PUMP_MORE:
+                return flushed
+        if direction.flags & SOURCE_ENDED:
+            return direction_end(relay, connection, d)
+        if not connection.ready[d] & READABLE or not connection.ready[1 - d] & WRITABLE:
+            direction_release(relay, direction)
+            return PUMP_WAIT
+        if budget <= 0:
+            return PUMP_MORE
+        if direction.flags & SPLICING:
+            got = direction_fill(relay, connection, d)
+        else:
+            direction_release(relay, direction)
+            got = direction_copy(relay, connection, d)
+        if got > 0:
+            budget -= got
+        elif got == 0:  # end of file: forwarded once nothing is in flight
+            direction.flags |= SOURCE_ENDED
+        elif got == COPY_NO_MEMORY:
+            return PUMP_FAILED
+        elif errno == EAGAIN:
+            connection.ready[d] &= ~READABLE
+        elif errno != EINTR:  # a reset, or the network's word that the peer is gone
+            return PUMP_FAILED
+
+
+cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """Forward end of file. Only here does anybody see a clean end."""
+    cdef direction_t *direction = &connection.direction[d]
+    direction_release(relay, direction)
+    if connection.direction[1 - d].flags & BROKEN:
+        return PUMP_FAILED  # this peer's FIN was followed by a reset: not everything arrived
+    if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
+        return PUMP_FAILED
+    direction.flags |= ENDED_FORWARDED
+    return PUMP_WAIT
+
+
+# ------------------------------------------------------------------------------------------ connection
+
+
+cdef void list_remove(relay_t *relay, connection_t *connection) noexcept nogil:
+    cdef list_t *members = &relay.lists[connection.state]
+    if connection.previous != NULL:
+        connection.previous.next = connection.next
+    else:
+        members.head = connection.next
+    if connection.next != NULL:
+        connection.next.previous = connection.previous
+    else:
+        members.tail = connection.previous
+    members.length -= 1
+
+
+cdef void list_insert(relay_t *relay, connection_t *connection, connection_t *after, int state) noexcept nogil:
+    """Into the list of `state`, behind `after` (NULL: at the head)."""
+    cdef list_t *members = &relay.lists[state]
+    connection.state = state
+    connection.previous = after
+    connection.next = after.next if after != NULL else members.head
+    if connection.next != NULL:
+        connection.next.previous = connection
+    else:
+        members.tail = connection
+    if after != NULL:
+        after.next = connection
+    else:
+        members.head = connection
+    members.length += 1
+
+
+cdef void connection_move(relay_t *relay, connection_t *connection, int state) noexcept nogil:
+    list_remove(relay, connection)
+    list_insert(relay, connection, relay.lists[state].tail, state)
+
+
+cdef void connection_drop(relay_t *relay, connection_t *connection, int counter) noexcept nogil:
+    """Close both sockets, with a reset unless they were disarmed; the memory goes at the batch's end."""
+    cdef int d
+    for d in range(2):
+        relay.counters[DISCARDED_TO_BACKEND + d] += direction_in_flight(&connection.direction[d])
+        direction_release(relay, &connection.direction[d])
+    close(connection.fd[CLIENT])
+    if connection.fd[BACKEND] >= 0:
+        close(connection.fd[BACKEND])
+    if relay.probe == connection:
+        relay.probe = NULL
+        relay.probe_at = relay.now
+    if connection.state == HELD:
+        relay.counters[HELD_NOW] -= 1
+    connection_move(relay, connection, CLOSED)
+    relay.counters[ACTIVE] -= 1
+    relay.counters[counter] += 1
+
+
+cdef void connection_finish(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Both directions have ended: the kernel may deliver what is queued in its own time."""
+    cdef linger disarmed
+    cdef int side
+    disarmed.l_onoff = disarmed.l_linger = 0
+    for side in range(2):
+        setsockopt(connection.fd[side], SOL_SOCKET, SO_LINGER, &disarmed, sizeof(disarmed))
+    connection_drop(relay, connection, CLOSED_CLEAN)
+
+
+cdef void connection_queue(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Onto the ready list, once."""
+    if connection.queued:
+        return
+    connection.queued = True
+    connection.next_ready = NULL
+    if relay.ready_tail != NULL:
+        relay.ready_tail.next_ready = connection
+    else:
+        relay.ready_head = connection
+    relay.ready_tail = connection
+
+
+cdef void connection_pump(relay_t *relay, connection_t *connection) noexcept nogil:
+    cdef int d, result
+    cdef bint more = False
+    for d in range(2):
+        result = direction_pump(relay, connection, d)
+        if result == PUMP_FAILED:
+            connection_drop(relay, connection, RESET)
+            return
+        more = more or result == PUMP_MORE
+    # A direction that broke marked the other's source readable, which has had its turn already if d was 1.
+    if connection.direction[TO_CLIENT].flags & BROKEN and direction_can_move(connection, TO_BACKEND):
+        more = True
+    if (connection.direction[TO_BACKEND].flags & connection.direction[TO_CLIENT].flags) & ENDED_FORWARDED:
+        connection_finish(relay, connection)
+    elif more:
+        connection_queue(relay, connection)
+
+
+cdef inline bint direction_can_move(connection_t *connection, int d) noexcept nogil:
+    return connection.ready[d] & READABLE and connection.ready[1 - d] & WRITABLE
+
+
+cdef void connection_hold(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Into the held list, which is sorted by the end of the window, or out if there is no window."""
+    cdef connection_t *after = relay.lists[HELD].tail
+    if connection.hold_until <= relay.now or relay.lists[HELD].length >= relay.max_held:
+        connection_drop(relay, connection, REJECTED)
+        return
+    while after != NULL and after.hold_until > connection.hold_until:
+        after = after.previous
+    list_remove(relay, connection)
+    list_insert(relay, connection, after, HELD)
+    relay.counters[HELD_NOW] += 1
+    if not connection.was_held:
+        connection.was_held = True
+        relay.counters[HELD_EVER] += 1
+
+
+cdef void connection_undial(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Give up an attempt to connect; the client goes back to being held."""
+    if connection.fd[BACKEND] >= 0:
+        close(connection.fd[BACKEND])
+        connection.fd[BACKEND] = -1
+    connection.ready[BACKEND] = 0
+    if relay.probe == connection:
+        relay.probe = NULL
+    connection_hold(relay, connection)
+
+
+cdef void connection_dial_failed(relay_t *relay, connection_t *connection, int error) noexcept nogil:
+    relay.counters[DIAL_FAILED] += 1
+    if error == EADDRNOTAVAIL:
+        relay.counters[NO_LOCAL_PORT] += 1
+        connection_drop(relay, connection, RESET)
+        return
+    if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
+        relay.counters[NO_DESCRIPTOR] += 1
+        accept_pause(relay)
+    if relay.probe == connection or relay.probe_at <= relay.now:
+        relay.probe_at = relay.now + relay.retry_ms
+        relay.retry_ms = min(2 * relay.retry_ms, RETRY_LAST_MS)
+    connection_undial(relay, connection)
+
+
+cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Start to connect to the next backend. False if that failed at once and the connection moved on."""
+    cdef backend_t *backend = &relay.backends[relay.backend_turn % relay.backend_count]
+    cdef linger armed
+    cdef int on = 1, idle = KEEPALIVE_IDLE_S, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
+    cdef int fd = socket(
+        backend.address.v4.sin_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP
+    )
+    cdef epoll_event event
+    relay.backend_turn += 1
+    if connection.state == HELD:
+        relay.counters[HELD_NOW] -= 1
+    connection.deadline = relay.now + relay.connect_ms
+    connection_move(relay, connection, CONNECTING)
+    if fd < 0:
+        connection_dial_failed(relay, connection, errno)
+        return False
+    armed.l_onoff, armed.l_linger = 1, 0
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
+    connection.fd[BACKEND] = fd
+    connection.identity = backend.identity
+    if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
+        connection_dial_failed(relay, connection, errno)
+        return False
+    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.data.u64 = <uintptr_t>connection | BACKEND
+    if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+        connection_dial_failed(relay, connection, errno)
+        return False
+    return True
+
+
+cdef void connection_connected(relay_t *relay, connection_t *connection) noexcept nogil:
+    """The backend took it. So it takes others: release every one that is held."""
+    cdef uint32_t waiting
+    connection_move(relay, connection, OPEN)
+    relay.retry_ms = RETRY_FIRST_MS
+    if relay.probe == connection:
+        relay.probe = NULL
+    # One that fails at once is back in the list, at its own place: the list's length now is the bound.
+    for waiting in range(relay.lists[HELD].length):
+        if relay.lists[HELD].head == NULL or not connection_dial(relay, relay.lists[HELD].head):
+            return
+
+
+cdef void connection_event(relay_t *relay, connection_t *connection, int side, uint32_t events) noexcept nogil:
+    cdef int error = 0
+    cdef socklen_t length = sizeof(error)
+    if connection.state == CLOSED:  # by an earlier event of this batch
+        return
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+        connection.ready[side] |= READABLE
+    if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+        connection.ready[side] |= WRITABLE
+    if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+        connection.ready[side] |= ENDED
+    if connection.state != OPEN:
+        if side == CLIENT:
+            if events & (EPOLLERR | EPOLLHUP):  # reset: nobody waits for an answer any more
+                connection_drop(relay, connection, RESET)
+            return
+        if events & (EPOLLERR | EPOLLHUP):
+            getsockopt(connection.fd[BACKEND], SOL_SOCKET, SO_ERROR, &error, &length)
+            connection_dial_failed(relay, connection, error)
+            return
+        connection_connected(relay, connection)
+    connection_pump(relay, connection)
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+cdef void accept_pause(relay_t *relay) noexcept nogil:
+    """Descriptors or memory are gone: leave the backlog to the kernel for a while, never spin."""
+    cdef epoll_event event
+    if relay.draining or relay.accept_at:
+        return
+    event.events = 0
+    event.data.u64 = EVENT_LISTENER
+    epoll_ctl(relay.epoll, EPOLL_CTL_MOD, relay.listener, &event)
+    relay.accept_at = relay.now + ACCEPT_PAUSE_MS
+
+
+cdef void accept_resume(relay_t *relay) noexcept nogil:
+    cdef epoll_event event
+    relay.accept_at = 0
+    event.events = EPOLLIN
+    event.data.u64 = EVENT_LISTENER
+    epoll_ctl(relay.epoll, EPOLL_CTL_MOD, relay.listener, &event)
+
+
+cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
+    """Owns `fd`. Dials at once, unless others wait already or there is nobody to dial."""
+    cdef connection_t *connection = <connection_t *>calloc(1, sizeof(connection_t))
+    cdef epoll_event event
+    if connection == NULL:
+        close(fd)
+        accept_pause(relay)
+        return
+    connection.fd[CLIENT], connection.fd[BACKEND] = fd, -1
+    connection.hold_until = relay.now + relay.hold_ms
+    list_insert(relay, connection, relay.lists[CONNECTING].tail, CONNECTING)
+    relay.counters[ACCEPTED] += 1
+    relay.counters[ACTIVE] += 1
+    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.data.u64 = <uintptr_t>connection | CLIENT
+    if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+        connection_drop(relay, connection, RESET)
+    elif relay.backend_count == 0 or relay.lists[HELD].length or relay.probe != NULL:
+        connection_hold(relay, connection)
+    else:
+        connection_dial(relay, connection)
+
+
+cdef void accept_batch(relay_t *relay) noexcept nogil:
+    cdef int fd, taken
+    for taken in range(ACCEPT_BATCH):
+        fd = accept4(relay.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd >= 0:
+            accept_one(relay, fd)
+        elif errno == EAGAIN:
+            return
+        elif errno == EMFILE or errno == ENFILE or errno == ENOBUFS or errno == ENOMEM:
+            relay.counters[NO_DESCRIPTOR] += 1
+            accept_pause(relay)
+            return
+        # Anything else (ECONNABORTED, EPROTO, EINTR, the network's errors) is of one connection that is
+        # gone already: accept(2), "Error handling".
+
+
+cdef void ready_turn(relay_t *relay) noexcept nogil:
+    """One turn each for those on the ready list now; who is not done goes to its end."""
+    cdef connection_t *connection = relay.ready_head
+    cdef connection_t *following
+    relay.ready_head = relay.ready_tail = NULL
+    while connection != NULL:
+        following = connection.next_ready
+        connection.queued = False
+        if connection.state == OPEN:
+            connection_pump(relay, connection)
+        connection = following
+
+
+cdef void expire(relay_t *relay) noexcept nogil:
+    """Everything that is due now. Each list is sorted by its deadline, so only heads are looked at."""
+    cdef connection_t *connection
+    while relay.lists[CONNECTING].head != NULL and relay.lists[CONNECTING].head.deadline <= relay.now:
+        connection_dial_failed(relay, relay.lists[CONNECTING].head, 0)
+    while relay.lists[HELD].head != NULL and relay.lists[HELD].head.hold_until <= relay.now:
+        connection_drop(relay, relay.lists[HELD].head, REJECTED)
+    if relay.accept_at and relay.accept_at <= relay.now:
+        accept_resume(relay)
+    if probe_wanted(relay) and relay.probe_at <= relay.now:
+        connection = relay.probe = relay.lists[HELD].head
+        connection_dial(relay, connection)
+
+
+cdef inline bint probe_wanted(relay_t *relay) noexcept nogil:
+    return relay.probe == NULL and relay.backend_count > 0 and relay.lists[HELD].head != NULL
+
+
+cdef inline bint relay_drained(relay_t *relay) noexcept nogil:
+    if not relay.draining:
+        return False
+    return relay.drain_at <= relay.now or not (
+        relay.lists[CONNECTING].length or relay.lists[HELD].length or relay.lists[OPEN].length
+    )
+
+
+cdef int next_timeout(relay_t *relay) noexcept nogil:
+    """Milliseconds until something is due: 0 if work is waiting, -1 (no timer at all) if idle."""
+    cdef int64_t due = -1
+    if relay.ready_head != NULL or relay_drained(relay):
+        return 0
+    if relay.lists[CONNECTING].head != NULL:
+        due = relay.lists[CONNECTING].head.deadline
+    if relay.lists[HELD].head != NULL and (due < 0 or relay.lists[HELD].head.hold_until < due):
+        due = relay.lists[HELD].head.hold_until
+    if probe_wanted(relay) and (due < 0 or relay.probe_at < due):
+        due = relay.probe_at
+    if relay.accept_at and (due < 0 or relay.accept_at < due):
+        due = relay.accept_at
+    if relay.draining and (due < 0 or relay.drain_at < due):
+        due = relay.drain_at
+    if due < 0:
+        return -1
+    return <int>max(due - relay.now, 0)
+
+
+cdef void free_closed(relay_t *relay) noexcept nogil:
+    """No event of the finished batch can name them any more; those on the ready list wait their turn."""
+    cdef connection_t *connection = relay.lists[CLOSED].head
+    cdef connection_t *following
+    while connection != NULL:
+        following = connection.next
+        if not connection.queued:
+            list_remove(relay, connection)
+            free(connection)
+        connection = following
+
+
+cdef int relay_run(relay_t *relay) noexcept nogil:
+    """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
+    cdef epoll_event events[EVENT_BATCH]
+    cdef connection_t *connection
+    cdef int count, i
+    cdef uint64_t data
+    cdef bint control = False
+    while True:
+        count = epoll_wait(relay.epoll, events, EVENT_BATCH, next_timeout(relay))
+        if count < 0 and errno != EINTR:
+            return -1
+        relay.now = monotonic_ms()
+        for i in range(max(count, 0)):
+            data = events[i].data.u64
+            if data == EVENT_LISTENER:
+                accept_batch(relay)
+            elif data == EVENT_CONTROL:
+                control = True
+            else:
+                connection = <connection_t *><uintptr_t>(data & ~<uint64_t>1)
+                connection_event(relay, connection, data & 1, events[i].events)
+        ready_turn(relay)
+        expire(relay)
+        free_closed(relay)
+        if control:
+            return REASON_CONTROL
+        if relay_drained(relay):
+            return REASON_DRAINED
+
+
+cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
+    cdef uint32_t i
+    for i in range(relay.backend_count):
+        if relay.backends[i].identity == identity:
+            return True
+    return False
+
+
+cdef void relay_repointed(relay_t *relay) noexcept nogil:
+    """The list of backends changed: what was open to one that is gone is reset, what was on its way is held."""
+    cdef connection_t *connection
+    cdef connection_t *following
+    cdef int state
+    relay.now = monotonic_ms()
+    for state in range(CONNECTING, OPEN + 1):
+        connection = relay.lists[state].head
+        while connection != NULL:
+            following = connection.next
+            if state == HELD or backend_stands(relay, connection.identity):
+                pass
+            elif state == OPEN:
+                connection_drop(relay, connection, RESET)
+            else:
+                connection_undial(relay, connection)
+            connection = following
+    free_closed(relay)
+    relay.retry_ms = RETRY_FIRST_MS
+    relay.probe_at = relay.now
+
+
+# ---------------------------------------------------------------------------------------- the Python API
+
+
+cdef class TcpRelay:
+    """The loop of one worker, over a listening socket.
+
+    `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
+    pipe, non-blocking) stay the caller's. `counters` is a writable buffer of COUNTERS_BYTES, shared with
+    the parent. Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always.
+    Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer that is too small.
+    """
+
+    cdef relay_t relay
+    cdef Py_buffer page
+
+    def __cinit__(
+        self,
+        int listener,
+        int control,
+        *,
+        object counters,
+        uint32_t hold_ms,
+        uint32_t connect_ms,
+        uint32_t max_held,
+        uint32_t pipe_bytes,
+    ):
+        cdef epoll_event event
+        memset(&self.relay, 0, sizeof(relay_t))
+        self.relay.epoll = -1
+        PyObject_GetBuffer(counters, &self.page, PyBUF_WRITABLE)
+        if self.page.len < COUNTERS_BYTES:
+            raise ValueError(f"the counters page has {self.page.len} bytes")
+        self.relay.counters = <uint64_t *>self.page.buf
+        self.relay.listener, self.relay.control = listener, control
+        self.relay.hold_ms, self.relay.connect_ms = hold_ms, connect_ms
+        self.relay.max_held, self.relay.pipe_bytes = max_held, pipe_bytes
+        self.relay.retry_ms = RETRY_FIRST_MS
+        self.relay.now = monotonic_ms()
+        self.relay.buffer = <char *>malloc(COPY_BYTES)
+        if self.relay.buffer == NULL:
+            raise MemoryError
+        self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.relay.epoll < 0:
+            raise OSError(errno, "epoll_create1")
+        event.events, event.data.u64 = EPOLLIN, EVENT_LISTENER
+        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, listener, &event) < 0:
+            raise OSError(errno, "epoll_ctl of the listener")
+        event.events, event.data.u64 = EPOLLIN, EVENT_CONTROL
+        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, control, &event) < 0:
+            raise OSError(errno, "epoll_ctl of the control pipe")
+        self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
+
+    def __dealloc__(self):
+        cdef relay_t *relay = &self.relay
+        cdef pipe_t *pipe
+        cdef int state
+        if relay.counters == NULL:
+            return
+        for state in range(OPEN + 1):
+            while relay.lists[state].head != NULL:
+                connection_drop(relay, relay.lists[state].head, RESET)
+        ready_turn(relay)
+        free_closed(relay)
+        while relay.pool != NULL:
+            pipe = relay.pool
+            relay.pool = pipe.next
+            close(pipe.read_end)
+            close(pipe.write_end)
+            free(pipe)
+        if relay.epoll >= 0:
+            close(relay.epoll)
+        free(relay.buffer)
+        free(relay.backends)
+        PyBuffer_Release(&self.page)
+
+    def repoint(self, uint64_t generation, list backends):
+        """From now on these, each `(packed address, port, zone index, identity)`; none means hold.
+
+        Connections to a backend that is not among them are reset; attempts to connect to one start anew.
+        """
+        cdef uint32_t count = len(backends), i
+        cdef backend_t *replaced = self.relay.backends
+        cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
+        if fresh == NULL:
+            raise MemoryError
+        for i in range(count):
+            packed, port, zone, identity = backends[i]
+            backend_set(&fresh[i], packed, len(packed), port, zone, identity)
+        self.relay.backends, self.relay.backend_count = fresh, count
+        free(replaced)
+        with nogil:
+            relay_repointed(&self.relay)
+        self.relay.counters[COUNTER_BACKENDS] = count
+        self.relay.counters[COUNTER_GENERATION] = generation
+
+    def drain(self, uint32_t deadline_ms):
+        """Accept no more; `run` returns DRAINED when all connections have ended, or after the deadline."""
+        if not self.relay.draining:
+            epoll_ctl(self.relay.epoll, EPOLL_CTL_DEL, self.relay.listener, NULL)
+        self.relay.draining = True
+        self.relay.accept_at = 0
+        self.relay.drain_at = monotonic_ms() + deadline_ms
+
+    def run(self):
+        """Relay until there is something for Python to do: CONTROL or DRAINED. Raises OSError."""
+        cdef int reason
+        with nogil:
+            reason = relay_run(&self.relay)
+        if reason < 0:
+            raise OSError(errno, "epoll_wait")
+        return reason

@@ -1,0 +1,226 @@
+"""A worker: the process that serves one listener. Its handle in the parent, its entry point in the child.
+
+Invariants:
+
+- The child has three descriptors of its own (listener, control pipe, counters) besides standard error,
+  and no thread. Everything it knows came over the control pipe: Start first, then Repoint, then Drain.
+- The child leaves the compiled loop only for control. End of file on the control pipe means that the
+  parent is gone: it exits at once, and every connection it had ends in a reset.
+- The parent never blocks on a worker: what a full control pipe does not take waits here, and of waiting
+  Repoints only the newest is kept.
+- The handle owns the write end of the control pipe, the counters page and the pidfd.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import mmap
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+from ambassador import _datagram, _splice
+from ambassador.control import BadRecord, Destination, Drain, Record, Repoint, Start, Unpacker, pack
+from ambassador.model import Listener, Protocol
+from ambassador.titles import set_title
+
+COUNTERS_BYTES = 4096
+_READ_BYTES = 65_536
+
+EXIT_DRAINED = 0
+EXIT_PARENT_GONE = 0
+EXIT_BAD_CONTROL = 65
+"""What it was told makes no sense (EX_DATAERR of sysexits.h)."""
+EXIT_BROKEN = 70
+"""The loop could not be set up or failed (EX_SOFTWARE)."""
+
+COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
+_COMMON_COUNTERS = {"generation": 1, "backends": 2}
+_FIRST_COUNTER = 8
+
+
+class Handle:
+    """A worker as the parent sees it, from the request to fork it until it is reaped.
+
+    `pid` is 0 until the nursery has answered. `close` gives up the descriptors, which a live worker
+    takes as the end of its parent; `kill` is for one that does not listen.
+    """
+
+    def __init__(self, start: Start, repoint: Repoint) -> None:
+        self.listener: Listener = start.listener
+        self.pid = 0
+        self.draining = False
+        self._pidfd = -1
+        self._counters_fd = os.memfd_create("counters", os.MFD_CLOEXEC)
+        os.ftruncate(self._counters_fd, COUNTERS_BYTES)
+        self._page = mmap.mmap(self._counters_fd, COUNTERS_BYTES)
+        self._words = memoryview(self._page).cast("Q")
+        self._control_read, self._control_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._control_write, False)
+        self._unsent = bytearray()
+        self._next: Repoint | None = None
+        self._enqueue(start)
+        self.repoint(repoint)
+
+    def lend(self, listener_fd: int) -> tuple[int, int, int]:
+        """The descriptors that the nursery gives to the child, in the order of `main`."""
+        return listener_fd, self._control_read, self._counters_fd
+
+    def born(self, pid: int, pidfd: int) -> None:
+        """The nursery has forked it. Owns `pidfd` from here."""
+        self.pid, self._pidfd = pid, pidfd
+        self._forget_lent()
+
+    def repoint(self, record: Repoint) -> None:
+        """Tell it the newest list of backends; a list that is still waiting is superseded."""
+        self._next = record
+        self.flush()
+
+    def drain(self, deadline_ms: int) -> None:
+        self.draining = True
+        self._enqueue(Drain(deadline_ms))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the pipe takes now. A dead worker's pipe takes everything: its end comes by pidfd."""
+        while True:
+            if not self._unsent:
+                if self._next is None:
+                    return
+                self._enqueue(self._next)
+                self._next = None
+            try:
+                written = os.write(self._control_write, self._unsent)
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                written = len(self._unsent)
+            del self._unsent[:written]
+
+    @property
+    def blocked_on(self) -> int:
+        """The descriptor to wait on for writing, or -1 when nothing waits to be written."""
+        return self._control_write if self._unsent or self._next else -1
+
+    @property
+    def pidfd(self) -> int:
+        return self._pidfd
+
+    def kill(self) -> None:
+        """SIGKILL, through the pidfd: it can never hit a process that took over the number."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def counters(self) -> Mapping[str, int]:
+        """A copy of the counters page by name. Costs the worker nothing; works when it is stuck."""
+        values = {name: self._words[place] for name, place in _COMMON_COUNTERS.items()}
+        for place, name in enumerate(COUNTERS[self.listener.protocol], _FIRST_COUNTER):
+            values[name] = self._words[place]
+        return values
+
+    def close(self) -> None:
+        self._forget_lent()
+        self._words.release()
+        self._page.close()
+        os.close(self._control_write)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _enqueue(self, record: Record) -> None:
+        self._unsent += pack(record)
+
+    def _forget_lent(self) -> None:
+        if self._control_read >= 0:
+            os.close(self._control_read)
+            os.close(self._counters_fd)
+            self._control_read = self._counters_fd = -1
+
+
+# ------------------------------------------------------------------------------------------- the child
+
+
+def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
+    """Serve one listener until told to drain or the parent is gone. The exit code; owns the descriptors."""
+    # The terminal's Ctrl-C goes to the whole group: the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    page = mmap.mmap(counters_fd, COUNTERS_BYTES)
+    os.close(counters_fd)
+    unpacker = Unpacker()
+    records: list[Record] = []
+    try:
+        while not records:
+            data = os.read(control_fd, _READ_BYTES)
+            if not data:
+                return EXIT_PARENT_GONE
+            records += unpacker.feed(data)
+        start = records.pop(0)
+        if not isinstance(start, Start):
+            return EXIT_BAD_CONTROL
+        os.set_blocking(control_fd, False)
+        return _serve(start, _loop(start, listener_fd, control_fd, page), listener_fd, control_fd, unpacker, records)
+    except BadRecord:
+        return EXIT_BAD_CONTROL
+
+
+Loop = _splice.TcpRelay | _datagram.UdpRelay
+
+
+def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> Loop:
+    if start.listener.protocol is Protocol.TCP:
+        return _splice.TcpRelay(
+            listener_fd,
+            control_fd,
+            counters=page,
+            hold_ms=start.hold_ms,
+            connect_ms=start.connect_ms,
+            max_held=start.max_held,
+            pipe_bytes=start.pipe_bytes,
+        )
+    return _datagram.UdpRelay(
+        listener_fd,
+        control_fd,
+        counters=page,
+        hold_ms=start.hold_ms,
+        session_idle_ms=start.session_idle_ms,
+        max_sessions=start.max_sessions,
+        gso=start.gso,
+    )
+
+
+def _serve(
+    start: Start,
+    loop: Loop,
+    listener_fd: int,
+    control_fd: int,
+    unpacker: Unpacker,
+    records: Sequence[Record],
+) -> int:
+    generation = -1
+    while True:
+        for record in records:
+            match record:
+                case Repoint() if record.generation > generation:
+                    generation = record.generation
+                    loop.repoint(generation, [_packed(backend) for backend in record.backends])
+                    set_title(f"{start.listener} {record.title}")
+                case Drain():
+                    loop.drain(record.deadline_ms)
+                    if start.listener.protocol is Protocol.TCP:
+                        os.close(listener_fd)  # the last copy: from now on the port refuses
+                case Start():
+                    return EXIT_BAD_CONTROL
+        if loop.run() == _splice.DRAINED:
+            return EXIT_DRAINED
+        data = os.read(control_fd, _READ_BYTES)
+        if not data:
+            return EXIT_PARENT_GONE
+        records = list(unpacker.feed(data))
+
+
+def _packed(backend: Destination) -> tuple[bytes, int, int, int]:
+    address, _, zone = backend.address.partition("%")
+    return ipaddress.ip_address(address).packed, backend.port, int(zone or 0), backend.identity
