@@ -72,12 +72,18 @@ class Destination:
     """A backend as a worker sees it.
 
     `identity` is the supervisor's number for this run of this container at this address: a
-    connection whose backend's identity is not in the newest list is reset.
+    connection whose backend's identity is not in the newest list is reset. Raises ValueError where
+    `address` is not an IP literal or the port is out of range.
     """
 
     address: str
     port: int
     identity: int
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_address(self.address)
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is not between 1 and 65535")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +112,19 @@ def pack(record: Record) -> bytes:
             case Start():
                 kind, generation, payload = RecordType.START, 0, _pack_start(record)
             case Repoint():
-                kind, generation, payload = RecordType.REPOINT, record.generation, _pack_repoint(record)
+                kind, generation, payload = (
+                    RecordType.REPOINT,
+                    record.generation,
+                    _pack_repoint(record),
+                )
             case Drain():
                 kind, generation, payload = RecordType.DRAIN, 0, _DRAIN.pack(record.deadline_ms)
+        header = _HEADER.pack(VERSION, kind, 0, len(payload), generation)
     except struct.error as error:
         raise ValueError(f"{record} does not fit a control record: {error}") from error
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"a control record of {len(payload)} bytes is over {MAX_PAYLOAD}")
-    return _HEADER.pack(VERSION, kind, 0, len(payload), generation) + payload
+    return header + payload
 
 
 class Unpacker:
@@ -145,6 +156,8 @@ class Unpacker:
 
 
 def _unpack(kind: int, generation: int, payload: bytes) -> Record:
+    if generation and kind != RecordType.REPOINT:
+        raise BadRecord(f"control record of type {kind} with generation {generation}")
     try:
         match kind:
             case RecordType.START:
@@ -177,10 +190,13 @@ def _pack_start(record: Start) -> bytes:
 
 
 def _unpack_start(payload: bytes) -> Start:
-    port, number, flags, *limits = _START.unpack(payload)
+    port, number, flags, hold, connect, idle, sessions, held, pipe = _START.unpack(payload)
+    if flags & ~_FLAG_GSO:
+        raise ValueError(f"unknown flags {flags:#x}")
     for protocol, known in _PROTOCOLS.items():
         if number == known:
-            return Start(Listener(port, protocol), *limits, gso=bool(flags & _FLAG_GSO))
+            listener, gso = Listener(port, protocol), bool(flags & _FLAG_GSO)
+            return Start(listener, hold, connect, idle, sessions, held, pipe, gso)
     raise ValueError(f"unknown protocol number {number}")
 
 
@@ -194,7 +210,12 @@ def _pack_repoint(record: Repoint) -> bytes:
         ip = ipaddress.ip_address(address)
         parts.append(
             _BACKEND.pack(
-                ip.version, 0, backend.port, int(zone or 0), backend.identity, ip.packed.ljust(16, b"\0")
+                ip.version,
+                0,
+                backend.port,
+                int(zone or 0),
+                backend.identity,
+                ip.packed.ljust(16, b"\0"),
             )
         )
     return b"".join(parts)
@@ -216,5 +237,7 @@ def _unpack_backend(fields: tuple[int, int, int, int, int, bytes]) -> Destinatio
     version, flags, port, zone, identity, packed = fields
     if version not in (4, 6) or flags:
         raise ValueError(f"backend of family {version} with flags {flags}")
+    if version == 4 and any(packed[4:]):
+        raise ValueError("backend of family 4 with more than 4 bytes of address")
     address = str(ipaddress.ip_address(packed[:4] if version == 4 else packed))
     return Destination(f"{address}%{zone}" if zone else address, port, identity)

@@ -28,8 +28,8 @@ DATAGRAM_BUFFER = 4 << 20
 BACKLOG = 65_535
 """The kernel clamps it to net.core.somaxconn (listen(2))."""
 
-UDP_GRO = 104
-"""linux/udp.h; the socket module has no name for it."""
+UDP_GRO = 104  # linux/udp.h
+IP_PKTINFO = 8  # linux/in.h; the socket module names neither
 
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
@@ -84,7 +84,7 @@ def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bo
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     else:
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_PKTINFO, 1)
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DATAGRAM_BUFFER)
     if gro:

@@ -17,7 +17,7 @@ import ipaddress
 import mmap
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from ambassador import _datagram, _splice
 from ambassador.control import BadRecord, Destination, Drain, Record, Repoint, Start, Unpacker, pack
@@ -140,33 +140,72 @@ class Handle:
             self._control_read = self._counters_fd = -1
 
 
-# ------------------------------------------------------------------------------------------- the child
+# ------------------------------------------------------------------------------------ the child
+
+Loop = _splice.TcpRelay | _datagram.UdpRelay
 
 
 def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
-    """Serve one listener until told to drain or the parent is gone. The exit code; owns the descriptors."""
+    """Serve one listener until told to drain or the parent is gone; the exit code.
+
+    Owns the three descriptors.
+    """
     # The terminal's Ctrl-C goes to the whole group: the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     page = mmap.mmap(counters_fd, COUNTERS_BYTES)
     os.close(counters_fd)
-    unpacker = Unpacker()
-    records: list[Record] = []
     try:
-        while not records:
-            data = os.read(control_fd, _READ_BYTES)
-            if not data:
-                return EXIT_PARENT_GONE
-            records += unpacker.feed(data)
-        start = records.pop(0)
-        if not isinstance(start, Start):
-            return EXIT_BAD_CONTROL
-        os.set_blocking(control_fd, False)
-        return _serve(start, _loop(start, listener_fd, control_fd, page), listener_fd, control_fd, unpacker, records)
+        return _serve(listener_fd, control_fd, page)
     except BadRecord:
         return EXIT_BAD_CONTROL
+    except _ParentGone:
+        return EXIT_PARENT_GONE
 
 
-Loop = _splice.TcpRelay | _datagram.UdpRelay
+class _ParentGone(Exception):
+    """End of file on the control pipe."""
+
+
+def _serve(listener_fd: int, control_fd: int, page: mmap.mmap) -> int:
+    records = _records(control_fd)
+    start = next(records)  # the pipe still blocks: there is nothing to do before it has come
+    if not isinstance(start, Start):
+        raise BadRecord(f"{start} came before a Start")
+    os.set_blocking(control_fd, False)
+    loop = _loop(start, listener_fd, control_fd, page)
+    generation = -1
+    for record in records:
+        match record:
+            case None:  # the pipe is empty: relay until there is more in it
+                if loop.run() == _splice.DRAINED:
+                    break
+            case Repoint() if record.generation > generation:
+                generation = record.generation
+                loop.repoint(generation, [_packed(backend) for backend in record.backends])
+                set_title(f"{start.listener} {record.title}")
+            case Repoint():
+                pass  # overtaken by a newer one
+            case Drain():
+                loop.drain(record.deadline_ms)
+                if start.listener.protocol is Protocol.TCP:
+                    os.close(listener_fd)  # the last copy: from now on the port refuses
+            case Start():
+                raise BadRecord("a second Start")
+    return EXIT_DRAINED
+
+
+def _records(control_fd: int) -> Iterator[Record | None]:
+    """What comes over the control pipe, and None whenever it is empty."""
+    unpacker = Unpacker()
+    while True:
+        try:
+            data = os.read(control_fd, _READ_BYTES)
+        except BlockingIOError:
+            yield None
+            continue
+        if not data:
+            raise _ParentGone
+        yield from unpacker.feed(data)
 
 
 def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> Loop:
@@ -189,36 +228,6 @@ def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> L
         max_sessions=start.max_sessions,
         gso=start.gso,
     )
-
-
-def _serve(
-    start: Start,
-    loop: Loop,
-    listener_fd: int,
-    control_fd: int,
-    unpacker: Unpacker,
-    records: Sequence[Record],
-) -> int:
-    generation = -1
-    while True:
-        for record in records:
-            match record:
-                case Repoint() if record.generation > generation:
-                    generation = record.generation
-                    loop.repoint(generation, [_packed(backend) for backend in record.backends])
-                    set_title(f"{start.listener} {record.title}")
-                case Drain():
-                    loop.drain(record.deadline_ms)
-                    if start.listener.protocol is Protocol.TCP:
-                        os.close(listener_fd)  # the last copy: from now on the port refuses
-                case Start():
-                    return EXIT_BAD_CONTROL
-        if loop.run() == _splice.DRAINED:
-            return EXIT_DRAINED
-        data = os.read(control_fd, _READ_BYTES)
-        if not data:
-            return EXIT_PARENT_GONE
-        records = list(unpacker.feed(data))
 
 
 def _packed(backend: Destination) -> tuple[bytes, int, int, int]:

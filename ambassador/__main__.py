@@ -1,0 +1,8 @@
+"""`python -m ambassador` and the console script."""
+
+import sys
+
+from ambassador.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

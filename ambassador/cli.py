@@ -1,0 +1,91 @@
+"""The command: reads the options, wires the objects and runs them. The only composition root.
+
+The order matters. The nursery is forked before anything heavy is imported and before any thread exists;
+that is why the imports of what only the parent needs stand inside functions.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ambassador import __version__
+from ambassador.nursery import Nursery
+from ambassador.options import (
+    Command,
+    ConfigError,
+    MissingName,
+    Options,
+    UsageError,
+    check_tls_files,
+    parse_options,
+)
+from ambassador.titles import PROGRAM, set_title
+
+if TYPE_CHECKING:
+    from ambassador.supervisor import Limits
+
+LOG_FLUSH_S = 0.3
+"""What standard error gets to take the last lines."""
+
+MAX_SESSIONS = 16_384
+SPARE_DESCRIPTORS = 64
+"""Of a worker's limit: what is not a UDP session's socket."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code: 0, 1 for what cannot be set up, 2 for bad usage."""
+    try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments, os.environ)
+        if options.command is Command.VERSION:
+            print(f"{PROGRAM} {__version__}")
+            return 0
+        if options.command is Command.HELP:
+            print(options.usage, end="")
+            return 0
+        options = check_tls_files(options)
+    except (UsageError, MissingName, ConfigError) as error:
+        print(error, file=sys.stderr)
+        print(getattr(error, "usage", ""), file=sys.stderr, end="")
+        return error.exit_code
+    descriptors = _raise_descriptor_limit()
+    nursery = Nursery.fork()
+    return _run(options, nursery, descriptors)
+
+
+def _raise_descriptor_limit() -> int:
+    """Lift the soft limit to the hard one; inherited by every worker. The limit now."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 20
+
+
+def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
+    from ambassador import logs  # noqa: PLC0415 - after the fork, see above
+    from ambassador.supervisor import Limits  # noqa: PLC0415
+
+    lines = logs.setup(options.log_level)
+    limits = Limits(
+        hold_ms=options.hold_ms,
+        drain_ms=options.drain_ms,
+        max_sessions=max(1, min(MAX_SESSIONS, descriptors - SPARE_DESCRIPTORS)),
+    )
+    try:
+        if options.command is Command.RELAY:
+            return _relay(options, nursery, limits)
+        return _follow(options, nursery, limits)
+    finally:
+        lines.close(LOG_FLUSH_S)
+
+
+def _relay(options: Options, nursery: Nursery, limits: Limits) -> int:
+    """To fixed addresses, with no Docker at all."""
+    from ambassador.model import DesiredState  # noqa: PLC0415
+    from ambassador.supervisor import Supervisor  # noqa: PLC0415
+
+    set_title("relay")
+    desired = DesiredState({route.listener: route for route in options.routes})
+    return Supervisor(nursery, lambda: desired, limits).run()

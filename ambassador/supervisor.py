@@ -1,0 +1,372 @@
+"""The parent's loop: brings what runs to what is desired, and keeps it there.
+
+    wait -> dispatch (wake, nursery, a worker's pipe) -> signals -> reconcile -> start what is due
+         -> kill what is overdue
+
+Invariants:
+
+- Exactly one live worker per listener; a port's socket outlives its workers, so it never refuses.
+- The loop blocks nowhere but in its wait: workers are told through non-blocking pipes, Docker is asked by
+  other threads, logging has a thread of its own.
+- Only this thread touches posts and handles; other threads call nothing but `wake`.
+- The parent carries no traffic: should this loop stand still, established listeners go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+
+from ambassador import control, sockets
+from ambassador.model import DesiredState, Listener, Protocol
+from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
+from ambassador.post import Post
+from ambassador.reconcile import Repoint, Start, Stop, plan
+from ambassador.status import port_owner
+from ambassador.worker import Handle
+
+log = logging.getLogger(__name__)
+
+BIND_RETRY_S = 1.0
+STUCK_NURSERY_RETRY_S = 0.2
+KILL_GRACE_S = 0.25
+"""Past its deadline a draining worker gets this long before SIGKILL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What every worker is told; milliseconds and numbers, see control.Start. `drain_ms` is for SIGTERM."""
+
+    hold_ms: int = 10_000
+    drain_ms: int = 500
+    max_sessions: int = 16_384
+
+
+@dataclass(slots=True)
+class _Leaver:
+    """A worker on its way out, and when patience ends."""
+
+    handle: Handle
+    kill_at: float
+
+
+class Supervisor:
+    """Runs workers for what `desired` returns, which is asked again after each `wake`.
+
+    Owns `nursery`. `run` returns the exit code; it must be called from the main thread (signals).
+    """
+
+    def __init__(
+        self, nursery: Nursery, desired: Callable[[], DesiredState], limits: Limits
+    ) -> None:
+        self._nursery = nursery
+        self._desired = desired
+        self._limits = limits
+        self._posts: dict[Listener, Post] = {}
+        self._leavers: list[_Leaver] = []
+        self._unborn: deque[Handle] = deque()
+        self._problems: tuple[str, ...] = ()
+        self._signals: deque[int] = deque()
+        self._changed = True
+        self._draining = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
+        self._selector.register(nursery, selectors.EVENT_READ, self._hear_nursery)
+
+    # -- from other threads
+
+    def wake(self) -> None:
+        """Ask `desired` again soon. Safe from any thread."""
+        self._changed = True
+        try:
+            self._wake_write.send(b"\0")
+        except BlockingIOError:
+            pass  # a byte is waiting already
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Until SIGTERM or SIGINT has been obeyed. 0 then."""
+        self._catch_signals()
+        while not self._finished():
+            for key, _ in self._selector.select(self._timeout()):
+                key.data()
+            self._handle_signals()
+            self._reconcile()
+            self._start_due()
+            self._kill_overdue()
+        self._nursery.close()
+        return 0
+
+    def _finished(self) -> bool:
+        return self._draining and not self._leavers
+
+    def _timeout(self) -> float | None:
+        moments = [post.due for post in self._posts.values() if post.due is not None]
+        moments += [leaver.kill_at for leaver in self._leavers]
+        if self._changed:
+            return 0
+        return max(min(moments) - time.monotonic(), 0) if moments else None
+
+    def _woken(self) -> None:
+        try:
+            self._wake_read.recv(4096)
+        except BlockingIOError:
+            pass
+
+    # -- signals
+
+    def _catch_signals(self) -> None:
+        def note(number: int, _: FrameType | None) -> None:
+            self._signals.append(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, note)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            number = self._signals.popleft()
+            if number == signal.SIGCHLD:
+                _reap()
+            elif self._draining:
+                log.warning("told to stop again, not waiting for connections")
+                self._leave_now()
+            else:
+                log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
+                self._drain()
+
+    def _drain(self) -> None:
+        """Take no new work; workers finish what is open, up to the deadline."""
+        self._draining = True
+        for listener in list(self._posts):
+            self._dismiss(self._posts.pop(listener), self._limits.drain_ms)
+
+    def _leave_now(self) -> None:
+        for leaver in self._leavers:
+            leaver.kill_at = 0.0
+
+    # -- desired state
+
+    def _reconcile(self) -> None:
+        if not self._changed or self._draining:
+            self._changed = False
+            return
+        self._changed = False
+        desired = self._desired()
+        for problem in desired.problems:
+            if problem not in self._problems:
+                log.error("%s", problem)
+        self._problems = desired.problems
+        actual = {listener: post.route for listener, post in self._posts.items()}
+        for action in plan(desired.routes, actual):
+            match action:
+                case Start():
+                    self._posts[action.route.listener] = Post(action.route)
+                case Repoint():
+                    self._repoint(self._posts[action.route.listener], action)
+                case Stop():
+                    post = self._posts.pop(action.listener)
+                    log.info(
+                        "no longer exposed, closing the listener", extra={"fields": post.fields()}
+                    )
+                    self._dismiss(post, 0)
+
+    def _repoint(self, post: Post, action: Repoint) -> None:
+        post.repoint(action.route)
+        self._await_pipe(post.worker)
+        message = "repointed" if action.route.backends else "no backend, holding new connections"
+        log.info(message, extra={"fields": post.fields()})
+
+    # -- starting
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for post in self._posts.values():
+            if post.due is not None and post.due <= now and self._bound(post, now):
+                self._fork_worker(post, now)
+
+    def _bound(self, post: Post, now: float) -> bool:
+        if post.socket is not None:
+            return True
+        try:
+            post.socket = sockets.bind(post.listener)
+        except OSError as error:
+            post.due = now + BIND_RETRY_S
+            reason = _bind_problem(post.listener, error)
+            if reason != post.bind_error:
+                log.error(
+                    "cannot listen, trying again: %s", reason, extra={"fields": post.fields()}
+                )
+            post.bind_error = reason
+            return False
+        post.bind_error = ""
+        log.info("listening", extra={"fields": post.fields()})
+        return True
+
+    def _fork_worker(self, post: Post, now: float) -> None:
+        assert post.socket is not None  # noqa: S101 - for mypy: _bound has seen to it
+        handle = post.hire(
+            control.Start(
+                post.listener,
+                hold_ms=self._limits.hold_ms,
+                max_sessions=self._limits.max_sessions,
+            )
+        )
+        try:
+            self._nursery.request(handle.lend(post.socket.fileno()))
+        except BlockingIOError:  # the nursery is stopped or starved; it is asked again
+            post.lose(now)
+            post.due = now + STUCK_NURSERY_RETRY_S
+            return
+        except NurseryGone:
+            post.lose(now)
+            self._replace_nursery()
+            return
+        post.born = now
+        self._unborn.append(handle)
+
+    # -- the nursery, births and deaths
+
+    def _hear_nursery(self) -> None:
+        try:
+            while (message := self._nursery.receive()) is not None:
+                if isinstance(message, Forked):
+                    self._born(message)
+                else:
+                    self._exited(message)
+        except NurseryGone:
+            self._replace_nursery()
+
+    def _born(self, message: Forked) -> None:
+        handle = self._unborn.popleft()
+        if message.pid > 0:
+            handle.born(message.pid, message.pidfd)
+            self._await_pipe(handle)
+            return
+        reason = os.strerror(-message.pid)
+        self._ended(handle, f"could not be forked: {reason}")
+
+    def _exited(self, message: Exited) -> None:
+        for handle in self._handles():
+            if handle.pid == message.pid:
+                self._ended(handle, _describe(message.status))
+                return
+
+    def _orphan_exited(self, handle: Handle) -> None:
+        """A worker whose nursery died before it: nobody can say how it ended."""
+        self._ended(handle, "ended after its nursery")
+
+    def _handles(self) -> list[Handle]:
+        working = [post.worker for post in self._posts.values() if post.worker is not None]
+        return working + [leaver.handle for leaver in self._leavers]
+
+    def _ended(self, handle: Handle, how: str) -> None:
+        self._forget(handle)
+        for leaver in self._leavers:
+            if leaver.handle is handle:
+                self._leavers.remove(leaver)
+                handle.close()
+                return
+        post = self._posts[handle.listener]
+        delay = post.lose(time.monotonic())
+        fields = {"port": post.listener.port, "protocol": post.listener.protocol.value}
+        fields |= {"pid": handle.pid, "reason": how, "replaced_in": f"{delay:g}s"}
+        log.error("worker ended, replacing it", extra={"fields": fields})
+
+    def _replace_nursery(self) -> None:
+        """Its workers go on. Those it still owed are asked of the new one, and pidfds tell of the rest."""
+        log.error(
+            "the nursery ended, starting another", extra={"fields": {"pid": self._nursery.pid}}
+        )
+        self._selector.unregister(self._nursery)
+        self._nursery.close()
+        self._nursery = Nursery.launch()
+        self._selector.register(self._nursery, selectors.EVENT_READ, self._hear_nursery)
+        unborn, self._unborn = self._unborn, deque()
+        for handle in unborn:
+            self._ended(handle, "never born")
+        for handle in self._handles():
+            if handle.pidfd >= 0 and handle.pidfd not in self._selector.get_map():
+                heard = partial(self._orphan_exited, handle)
+                self._selector.register(handle.pidfd, selectors.EVENT_READ, heard)
+
+    # -- control pipes
+
+    def _await_pipe(self, handle: Handle | None) -> None:
+        """Wait for room in its pipe, if something did not fit."""
+        if handle is None or handle.blocked_on < 0:
+            return
+        if handle.blocked_on not in self._selector.get_map():
+            self._selector.register(
+                handle.blocked_on, selectors.EVENT_WRITE, partial(self._flush, handle)
+            )
+
+    def _flush(self, handle: Handle) -> None:
+        waited_on = handle.blocked_on
+        handle.flush()
+        if handle.blocked_on < 0:
+            self._selector.unregister(waited_on)
+
+    def _forget(self, handle: Handle) -> None:
+        for fd in (handle.blocked_on, handle.pidfd):
+            if fd >= 0 and fd in self._selector.get_map():
+                self._selector.unregister(fd)
+
+    # -- ending
+
+    def _dismiss(self, post: Post, deadline_ms: int) -> None:
+        """Close the port and let its worker go within `deadline_ms`."""
+        post.close()
+        if post.worker is None:
+            return
+        post.worker.drain(deadline_ms)
+        self._await_pipe(post.worker)
+        kill_at = time.monotonic() + deadline_ms / 1000 + KILL_GRACE_S
+        self._leavers.append(_Leaver(post.worker, kill_at))
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for leaver in self._leavers:
+            if leaver.kill_at <= now:
+                leaver.handle.kill()
+                leaver.kill_at = now + KILL_GRACE_S
+
+
+def _reap() -> None:
+    """Bury children: the nursery, and as PID 1 whatever else was left to us."""
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _describe(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _bind_problem(listener: Listener, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{listener} is in use by {port_owner(listener)}; stop it, or run in a container"
+    if error.errno == errno.EACCES:
+        kind = "TCP" if listener.protocol is Protocol.TCP else "UDP"
+        return (
+            f"{kind} ports below 1024 need the capability NET_BIND_SERVICE: run as root or with "
+            f"--cap-add NET_BIND_SERVICE, or --sysctl net.ipv4.ip_unprivileged_port_start=0"
+        )
+    return f"{listener}: {error.strerror}"
