@@ -14,10 +14,42 @@ cdef extern from "<errno.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+    int close_range(unsigned int first, unsigned int last, int flags)
+    int dup2(int source, int target)
+    int fork()
+
+cdef extern from "<sys/wait.h>" nogil:
+    int waitpid(int pid, int *status, int options)
+
+cdef extern from "<signal.h>" nogil:
+    enum:
+        SIGKILL
+    int kill(int pid, int signal)
+
+cdef extern from "<poll.h>" nogil:
+    enum:
+        POLLIN
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *watched, unsigned long count, int timeout)
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* glibc 2.36 names it, musl does not. */
+    static int ambassador_pidfd_open(int pid, unsigned int flags) {
+        return (int) syscall(SYS_pidfd_open, pid, flags);
+    }
+    """
+    int pidfd_open "ambassador_pidfd_open" (int pid, unsigned int flags) nogil
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        O_NONBLOCK, O_CLOEXEC, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
+        O_NONBLOCK, O_CLOEXEC, O_RDWR, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
+    int open(const char *path, int flags)
     int fcntl(int fd, int command, ...)
     int pipe2(int fds[2], int flags)
     ssize_t splice(int source, off_t *source_offset, int destination, off_t *destination_offset,
@@ -45,7 +77,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
         SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF
-        SHUT_WR, MSG_NOSIGNAL, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC
+        SHUT_WR, MSG_NOSIGNAL, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
     ctypedef unsigned short sa_family_t
     struct sockaddr:
         sa_family_t sa_family
@@ -82,6 +114,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int setsockopt(int fd, int level, int option, const void *value, socklen_t length)
     ssize_t recv(int fd, void *buffer, size_t length, int flags)
     ssize_t send(int fd, const void *buffer, size_t length, int flags)
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int recvmmsg(int fd, mmsghdr *messages, unsigned int count, int flags, void *timeout)
     int sendmmsg(int fd, mmsghdr *messages, unsigned int count, int flags)

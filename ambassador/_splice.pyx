@@ -144,6 +144,7 @@ cdef enum:  # what epoll said of a socket and no call has contradicted since
     READABLE = 1
     WRITABLE = 2
     ENDED = 4  # a FIN or an error is queued: a short read is not the last
+    FAILED = 8  # an error: once its end of file was read, no read will tell of it
 
 cdef enum:  # flags of a direction
     SPLICING = 1
@@ -453,6 +454,8 @@ cdef int direction_pump(relay_t *relay, connection_t *connection, int d) noexcep
     cdef ssize_t got
     cdef int flushed
     while True:
+        if direction.flags & SOURCE_ENDED and connection.ready[d] & FAILED:
+            return PUMP_FAILED  # a reset behind its own end of file
         if direction.flags & (BROKEN | ENDED_FORWARDED):
             return PUMP_WAIT
         if direction_in_flight(direction):
@@ -702,6 +705,8 @@ cdef void connection_event(relay_t *relay, connection_t *connection, int side, u
         connection.ready[side] |= WRITABLE
     if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
         connection.ready[side] |= ENDED
+    if events & EPOLLERR:
+        connection.ready[side] |= FAILED
     if connection.state != OPEN:
         if side == CLIENT:
             if events & (EPOLLERR | EPOLLHUP):  # reset: nobody waits for an answer any more

@@ -89,3 +89,30 @@ def _relay(options: Options, nursery: Nursery, limits: Limits) -> int:
     set_title("relay")
     desired = DesiredState({route.listener: route for route in options.routes})
     return Supervisor(nursery, lambda: desired, limits).run()
+
+
+def _follow(options: Options, nursery: Nursery, limits: Limits) -> int:
+    """Follow containers through the Docker Engine."""
+    import logging  # noqa: PLC0415 - after the fork, as all that the nursery has no use for
+
+    from ambassador.discovery import Discovery, connect_engine  # noqa: PLC0415
+    from ambassador.reconcile import desire  # noqa: PLC0415
+    from ambassador.supervisor import Supervisor  # noqa: PLC0415
+
+    set_title(f"following {', '.join(options.targets)}")
+    log = logging.getLogger(__name__)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    supervisor = Supervisor(nursery, lambda: desire(discovery.states()), limits)
+    discovery = Discovery(
+        lambda: connect_engine(options.docker_host, tls=options.tls),
+        options.targets,
+        network=options.network,
+        on_change=supervisor.wake,
+        log=log,
+    )
+    discovery.start()
+    try:
+        return supervisor.run()
+    finally:
+        discovery.stop()

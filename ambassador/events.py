@@ -88,7 +88,7 @@ def subject(event: Any) -> Subject | None:
         # container in ID and the network in the attributes. Neither: a network came or went.
         who = attributes.get("container") or (actor_id if attributes.get("network") else None)
         return Subject(frozenset({who}), frozenset()) if isinstance(who, str) and who else None
-    names = {attributes.get("name"), attributes.get("oldName")}
+    names = (attributes.get("name"), attributes.get("oldName"))
     known = frozenset(name.removeprefix("/") for name in names if isinstance(name, str) and name)
     if not isinstance(actor_id, str) or not actor_id or not known:
         return None

@@ -41,7 +41,7 @@ class FlagError(ValueError):
     """The command line is wrong; the text is one line that says what to do."""
 
 
-class HelpRequested(Exception):  # noqa: N818 - a request, not an error, as Go's flag.ErrHelp
+class HelpRequested(Exception):
     """`-h` or `-help` was met before any error."""
 
 

@@ -73,7 +73,7 @@ class UsageError(OptionsError):
         self.usage = usage
 
 
-class MissingName(OptionsError):  # noqa: N818 - named after what is missing
+class MissingName(OptionsError):
     """No target, in the Go original's words."""
 
     def __init__(self) -> None:

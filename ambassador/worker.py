@@ -13,14 +13,23 @@ Invariants:
 
 from __future__ import annotations
 
-import ipaddress
 import mmap
 import os
 import signal
 from collections.abc import Iterator, Mapping
 
 from ambassador import _datagram, _splice
-from ambassador.control import BadRecord, Destination, Drain, Record, Repoint, Start, Unpacker, pack
+from ambassador.control import (
+    BadRecord,
+    Destination,
+    Drain,
+    Record,
+    Repoint,
+    Start,
+    Unpacker,
+    pack,
+    pack_address,
+)
 from ambassador.model import Listener, Protocol
 from ambassador.titles import set_title
 
@@ -150,8 +159,6 @@ def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
 
     Owns the three descriptors.
     """
-    # The terminal's Ctrl-C goes to the whole group: the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     page = mmap.mmap(counters_fd, COUNTERS_BYTES)
     os.close(counters_fd)
     try:
@@ -231,5 +238,5 @@ def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> L
 
 
 def _packed(backend: Destination) -> tuple[bytes, int, int, int]:
-    address, _, zone = backend.address.partition("%")
-    return ipaddress.ip_address(address).packed, backend.port, int(zone or 0), backend.identity
+    _, packed, zone = pack_address(backend.address)
+    return packed, backend.port, zone, backend.identity

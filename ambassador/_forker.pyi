@@ -1,0 +1,8 @@
+"""The nursery's loop (compiled from _forker.pyx, which has its messages)."""
+
+from typing import Final
+
+FORKED_MESSAGE: Final[int]
+EXITED_MESSAGE: Final[int]
+
+def serve(fd: int) -> tuple[int, int, int] | None: ...

@@ -1,0 +1,212 @@
+"""The nursery's loop: forks a worker on each request, reports births and deaths. Compiled for memory.
+
+A page that the nursery writes between two forks is no longer shared by the workers on either side of it,
+so each worker pays for whatever the nursery does. Written in Python this loop touched some 0.7 MB of
+objects (reference counts) per turn; here it touches a page of stack.
+
+Messages over the socket pair (SOCK_SEQPACKET, so each arrives whole), in the machine's own byte order:
+
+    request   parent -> nursery   1 byte and three descriptors: listener, control pipe, counters
+    forked    nursery -> parent   FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and none
+    exited    nursery -> parent   EXITED, pid, wait status
+
+Invariants
+----------
+- fork(2) is called in a process that has one thread, so the child needs no repair of the interpreter.
+- The nursery keeps no descriptor of a worker but its pidfd, and a worker keeps only its own three.
+- When the parent is gone, every child is killed: one that is stopped or stuck would not notice.
+
+Sources: fork(2), pidfd_open(2), unix(7), cmsg(3).
+"""
+
+from libc.stdint cimport int32_t
+from libc.string cimport memcpy, memset
+
+from ambassador._linux cimport (
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_LEN,
+    EINTR,
+    MSG_CMSG_CLOEXEC,
+    MSG_NOSIGNAL,
+    O_RDWR,
+    POLLIN,
+    SCM_RIGHTS,
+    SIGKILL,
+    SOL_SOCKET,
+    close,
+    close_range,
+    cmsghdr,
+    dup2,
+    errno,
+    fork,
+    iovec,
+    msghdr,
+    open,
+    pidfd_open,
+    poll,
+    pollfd,
+    recvmsg,
+    sendmsg,
+    waitpid,
+)
+from ambassador._linux cimport kill as send_signal
+
+cdef enum:
+    LENT = 3  # descriptors of a worker
+    FIRST_LENT = 3  # behind standard input, output and error
+    MAX_CHILDREN = 4096
+    CONTROL_BYTES = 64
+
+cdef enum:
+    FORKED = 1
+    EXITED = 2
+
+FORKED_MESSAGE = FORKED
+EXITED_MESSAGE = EXITED
+
+cdef struct message_t:
+    int32_t kind
+    int32_t pid
+    int32_t status
+
+# One nursery to a process: its children, beside the pidfd of each; the parent's socket comes first.
+cdef pollfd watched[MAX_CHILDREN + 1]
+cdef int32_t pids[MAX_CHILDREN + 1]
+cdef int watching
+
+
+cdef int report(int32_t kind, int32_t pid, int32_t status, int pidfd) noexcept:
+    """Tell the parent; 0, or -1 if it is gone."""
+    cdef char control[CONTROL_BYTES]
+    cdef message_t message
+    cdef iovec part
+    cdef msghdr header
+    cdef cmsghdr *item
+    message.kind, message.pid, message.status = kind, pid, status
+    part.iov_base, part.iov_len = &message, sizeof(message)
+    memset(&header, 0, sizeof(header))
+    header.msg_iov, header.msg_iovlen = &part, 1
+    if pidfd >= 0:
+        memset(control, 0, sizeof(control))
+        header.msg_control, header.msg_controllen = control, CMSG_LEN(sizeof(int))
+        item = CMSG_FIRSTHDR(&header)
+        item.cmsg_level, item.cmsg_type, item.cmsg_len = SOL_SOCKET, SCM_RIGHTS, CMSG_LEN(sizeof(int))
+        memcpy(CMSG_DATA(item), &pidfd, sizeof(int))
+    while sendmsg(watched[0].fd, &header, MSG_NOSIGNAL) < 0:
+        if errno != EINTR:
+            return -1
+    return 0
+
+
+cdef void become_worker(int *lent) noexcept:
+    """In the child: standard error and the three descriptors, nothing else."""
+    cdef int place, null
+    for place in range(LENT):  # first out of the way of the places they go to
+        lent[place] = dup2(lent[place], FIRST_LENT + LENT + watching + LENT + place)
+    for place in range(LENT):
+        lent[place] = dup2(lent[place], FIRST_LENT + place)
+    close_range(FIRST_LENT + LENT, ~<unsigned int>0, 0)
+    null = open("/dev/null", O_RDWR)
+    if null >= 0:
+        dup2(null, 0)
+        dup2(null, 1)
+        close(null)
+
+
+cdef int give_birth(int *lent) noexcept:
+    """Fork a worker that owns `lent`. 1 in the child; in the nursery 0, or -1 if the parent is gone."""
+    cdef int place, pidfd, told
+    cdef int32_t pid = -1
+    if watching <= MAX_CHILDREN:
+        pid = fork()
+    if pid == 0:
+        become_worker(lent)
+        return 1
+    for place in range(LENT):
+        close(lent[place])
+    if pid < 0:  # a limit on processes or memory: the parent tries again later
+        return report(FORKED, -errno, 0, -1)
+    pidfd = pidfd_open(pid, 0)
+    told = report(FORKED, pid, 0, pidfd)
+    add_child(pidfd, pid)
+    return told
+
+
+cdef void add_child(int pidfd, int32_t pid) noexcept:
+    global watching
+    watched[watching].fd, watched[watching].events = pidfd, POLLIN
+    pids[watching] = pid
+    watching += 1
+
+
+cdef int bury(int place) noexcept:
+    """The child at `place` has ended; the last one takes its place. -1 if the parent is gone."""
+    global watching
+    cdef int status = 0
+    cdef int32_t pid = pids[place]
+    close(watched[place].fd)
+    watching -= 1
+    watched[place], pids[place] = watched[watching], pids[watching]
+    waitpid(pid, &status, 0)
+    return report(EXITED, pid, status, -1)
+
+
+cdef int hear(int *lent) noexcept:
+    """The parent's next request into `lent`: 1, or 0 when the parent is gone."""
+    cdef char control[CONTROL_BYTES]
+    cdef char byte
+    cdef iovec part
+    cdef msghdr header
+    cdef cmsghdr *item
+    cdef ssize_t got
+    part.iov_base, part.iov_len = &byte, 1
+    memset(&header, 0, sizeof(header))
+    header.msg_iov, header.msg_iovlen = &part, 1
+    header.msg_control, header.msg_controllen = control, sizeof(control)
+    got = recvmsg(watched[0].fd, &header, MSG_CMSG_CLOEXEC)
+    if got <= 0:
+        return 0
+    item = CMSG_FIRSTHDR(&header)
+    if item == NULL or item.cmsg_len != CMSG_LEN(LENT * sizeof(int)):
+        return 0
+    memcpy(lent, CMSG_DATA(item), LENT * sizeof(int))
+    return 1
+
+
+cdef bint tend(int *lent) noexcept:
+    """Serve the parent. True in a new worker, False when the parent is gone."""
+    cdef int place, born
+    while True:
+        if poll(watched, watching, -1) < 0 and errno != EINTR:
+            return False
+        place = watching - 1
+        while place > 0:  # from the end: burying moves the last one, which has been looked at
+            if watched[place].revents and bury(place) < 0:
+                return False
+            place -= 1
+        if watched[0].revents:
+            watched[0].revents = 0
+            if not hear(lent):
+                return False
+            born = give_birth(lent)
+            if born:
+                return born > 0
+
+
+def serve(int fd):
+    """Serve the parent at the other end of socket `fd` until it is gone; then every child is killed.
+
+    Returns None in the nursery, and in each new worker its three descriptors: listener, control pipe,
+    counters. The caller must have no other thread.
+    """
+    global watching
+    cdef int lent[LENT]
+    cdef int place
+    watched[0].fd, watched[0].events = fd, POLLIN
+    watching = 1
+    if tend(lent):
+        return lent[0], lent[1], lent[2]
+    for place in range(1, watching):
+        send_signal(pids[place], SIGKILL)
+    return None

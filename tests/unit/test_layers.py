@@ -1,0 +1,204 @@
+"""The layers import downwards only, and each dependency has one owner (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "ambassador"
+
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(layer.split())
+    for layer in (
+        "__init__ model titles _splice _datagram",
+        "control sockets goflags logs sandbox events documents",
+        "worker status reconcile inspect",
+        "nursery post follower",
+        "supervisor discovery options admin",
+        "cli",
+        "__main__",
+    )
+)
+"""Lowest first. A module imports from the layers below its own, never from its own or above."""
+
+ONLY = {
+    "__init__": frozenset[str](),
+    "model": frozenset[str](),
+    "titles": frozenset[str](),
+    "control": frozenset({"model"}),
+    "sockets": frozenset({"model"}),
+    "goflags": frozenset({"model"}),
+    "logs": frozenset({"model"}),
+    "options": frozenset({"goflags", "model", "__init__"}),
+}
+"""Stricter than the layers, for modules that promise to be usable on their own."""
+
+OWNERS = {
+    "docker": {"discovery"},
+    "requests": {"discovery"},
+    "urllib3": {"discovery"},
+    "psutil": {"status"},
+    "setproctitle": {"worker", "titles"},
+    "argparse": set[str](),  # its syntax is not Go's: goflags
+}
+
+SLIM = ("docker", "psutil", "requests", "logging", "argparse")
+"""What the nursery must never load: every worker would carry it."""
+
+
+def imports(source: str, package: str = "ambassador") -> set[str]:
+    """The absolute names that `source` imports, wherever in it; `a.b` for `from a import b`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join(parents if node.level else []) + ("." if node.level else "")
+            base = (base + (node.module or "")).strip(".")
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def siblings(source: str, package: str = "ambassador") -> set[str]:
+    """The package's own modules that `source` imports; `__init__` for the package's own names."""
+    found = set()
+    for name in imports(source, package):
+        head, _, rest = name.partition(".")
+        if head == "ambassador":
+            module = rest.partition(".")[0]
+            found.add(module if module in MODULES else "__init__")
+    return found
+
+
+def _modules() -> dict[str, dict[str, str]]:
+    """Source by file, by module; a subpackage such as admin/ counts as one module."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        module = relative.parts[0].removesuffix(".py")
+        found.setdefault(module, {})[str(relative)] = path.read_text()
+    for path in sorted(PACKAGE.glob("*.pyx")):
+        found.setdefault(path.stem, {})
+    return found
+
+
+MODULES = _modules()
+
+
+def _rank(module: str) -> int:
+    for rank, layer in enumerate(LAYERS):
+        if module in layer:
+            return rank
+    pytest.fail(f"ambassador/{module} has no layer: give it one in {Path(__file__).name}")
+
+
+def _package_of(file: str) -> str:
+    return ".".join(("ambassador", *Path(file).parts[:-1]))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    for file, source in MODULES[module].items():
+        for other in siblings(source, _package_of(file)) - {module}:
+            assert _rank(other) < _rank(module), f"{file} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("module", sorted(ONLY))
+def test_the_lowest_modules_stand_alone(module: str) -> None:
+    for file, source in MODULES.get(module, {}).items():
+        extra = siblings(source) - ONLY[module]
+        assert not extra, f"{file} may import only {sorted(ONLY[module])}, not {sorted(extra)}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_each_dependency_has_one_owner(module: str) -> None:
+    for file, source in MODULES[module].items():
+        for dependency in {name.partition(".")[0] for name in imports(source)} & OWNERS.keys():
+            assert module in OWNERS[dependency], f"{file} imports {dependency}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.pyx")), ids=lambda path: path.name)
+def test_the_compiled_loops_import_nothing_of_the_package(path: Path) -> None:
+    """At run time, that is: a cimport of the package's .pxd is settled by the compiler."""
+    runtime = re.findall(
+        r"^[ \t]*(?:import[ \t]+ambassador|from[ \t]+(?:ambassador|\.)\S*[ \t]+import)\b.*$",
+        path.read_text(),
+        re.MULTILINE,
+    )
+    assert not runtime
+
+
+def test_this_test_sees_every_form_of_import() -> None:
+    source = """
+import ambassador.cli
+from ambassador import worker, __version__
+from ambassador.control import pack
+from . import model
+from .sockets import bind
+if True:
+    def inner():
+        import docker.errors as errors
+"""
+    assert siblings(source) >= {"control", "model"}
+    assert {name.partition(".")[0] for name in imports(source)} == {"ambassador", "docker"}
+    assert imports(source) == {
+        "ambassador.cli",
+        "ambassador.worker",
+        "ambassador.__version__",
+        "ambassador.control.pack",
+        "ambassador.model",
+        "ambassador.sockets.bind",
+        "docker.errors",
+    }
+    assert imports("from ..model import Route\nfrom .page import x", "ambassador.admin") == {
+        "ambassador.model.Route",
+        "ambassador.admin.page.x",
+    }
+
+
+def _loaded_by(module: str, before: str = "") -> set[str]:
+    """Every module in memory once `module` has imported all that it needs."""
+    for loop in ("_splice", "_datagram"):
+        if importlib.util.find_spec(f"ambassador.{loop}") is None:
+            pytest.fail(f"ambassador.{loop} is not compiled: make build first")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}\nimport {module}, sys\nprint(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+# What is in memory when the nursery is forked: the command line has been read by then.
+AT_THE_FORK = ("ambassador.nursery", "ambassador.options", "ambassador.cli")
+
+
+@pytest.mark.parametrize("module", AT_THE_FORK)
+def test_the_nursery_is_forked_slim(module: str) -> None:
+    loaded = _loaded_by(module)
+    assert module in loaded
+    # setproctitle imports logging for one line of its own (0.3 MB, once, shared): see below.
+    assert not (set(SLIM) - {"logging"}) & loaded
+
+
+@pytest.mark.parametrize("module", AT_THE_FORK)
+def test_nothing_of_ours_brings_logging_to_the_nursery(module: str) -> None:
+    """As above, with setproctitle, which imports logging itself, replaced by a stand-in."""
+    stand_in = (
+        "import sys, types\n"
+        "sys.modules['setproctitle'] = types.ModuleType('setproctitle')\n"
+        "sys.modules['setproctitle'].setproctitle = print"
+    )
+    assert not set(SLIM) & _loaded_by(module, stand_in)
