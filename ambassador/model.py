@@ -92,7 +92,7 @@ class TargetState:
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """The whole of what should run, and what stands in its way (one line each, for the log)."""
+    """The whole of what should run, and where targets are in each other's way (a line each)."""
 
     routes: Mapping[Listener, Route] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[str, ...] = ()

@@ -41,12 +41,13 @@ Action = Start | Repoint | Stop
 
 
 def desire(targets: Sequence[TargetState]) -> DesiredState:
-    """The whole desired state for `targets`, which are in the order of the command line."""
+    """The whole desired state for `targets`, which are in the order of the command line.
+
+    Its problems are those between targets; a target's own are its TargetState's.
+    """
     routes: dict[Listener, Route] = {}
     problems: list[str] = []
     for target in targets:
-        if target.problem:
-            problems.append(target.problem)
         for listener in sorted(target.exposed):
             if listener in routes:
                 winner = routes[listener].target

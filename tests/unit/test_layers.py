@@ -17,11 +17,12 @@ PACKAGE = ROOT / "ambassador"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "__init__ model titles _splice _datagram",
+        "__init__ model titles _splice _datagram _forker",
         "control sockets goflags logs sandbox events documents",
         "worker status reconcile inspect",
         "nursery post follower",
-        "supervisor discovery options admin",
+        "supervisor engine options admin",
+        "discovery",
         "cli",
         "__main__",
     )
@@ -41,11 +42,11 @@ ONLY = {
 """Stricter than the layers, for modules that promise to be usable on their own."""
 
 OWNERS = {
-    "docker": {"discovery"},
-    "requests": {"discovery"},
-    "urllib3": {"discovery"},
+    "docker": {"engine"},
+    "requests": {"engine"},
+    "urllib3": {"engine"},
     "psutil": {"status"},
-    "setproctitle": {"worker", "titles"},
+    "setproctitle": {"titles"},
     "argparse": set[str](),  # its syntax is not Go's: goflags
 }
 

@@ -51,10 +51,6 @@ def test_a_clash_is_settled_the_same_way_while_the_first_is_away() -> None:
     assert desired.routes[REDIS] == Route(REDIS, "a", ())
 
 
-def test_problems_of_targets_are_passed_on() -> None:
-    assert desire([TargetState("x", problem="no x; start it")]).problems == ("no x; start it",)
-
-
 def test_a_restart_at_the_same_address_is_another_backend() -> None:
     """C1: old connections are reset even where the address did not change."""
     before = desire([target("redis", REDIS, run="1")]).routes
