@@ -61,6 +61,7 @@ from ambassador._linux cimport (
     ENOBUFS,
     ENOMEM,
     ENOSYS,
+    EPERM,
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
@@ -371,6 +372,8 @@ cdef int direction_flush(relay_t *relay, connection_t *connection, int d) noexce
         elif moved < 0 and errno == EAGAIN:
             connection.ready[1 - d] &= ~WRITABLE
             return PUMP_WAIT
+        elif moved < 0 and (errno == EINVAL or errno == ENOSYS or errno == ENOMEM or errno == ENOBUFS):
+            return PUMP_FAILED  # the call failed, not the destination: no event will ever tell of it
         else:
             return direction_break(relay, connection, d)
     if direction.spill != NULL:
@@ -439,8 +442,8 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
             if direction.streak >= SMALL_MOVES:
                 direction.streak = 0
                 direction.flags &= ~SPLICING
-    elif got < 0 and (errno == EINVAL or errno == ENOSYS):
-        relay.pipe_bytes = 0  # this kernel will not: copy from now on
+    elif got < 0 and (errno == EINVAL or errno == ENOSYS or errno == EPERM):
+        relay.pipe_bytes = 0  # this kernel will not, or a seccomp filter: copy from now on
         direction.flags &= ~SPLICING
         direction_release(relay, direction)
         return direction_copy(relay, connection, d)

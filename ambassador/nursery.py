@@ -121,8 +121,10 @@ class Nursery:
 
 def serve(sock: socket.socket) -> NoReturn:
     """The nursery's life. Never returns; workers leave it through os._exit as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C goes to the whole process group and systemd's SIGTERM to the whole cgroup; what they mean is the
+    # parent's business, here and in the workers, who inherit this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     set_title("nursery")
     gc.collect()
