@@ -570,7 +570,9 @@ cdef void session_end(relay_t *relay, session_t *session, int counter) noexcept 
 cdef bint session_evict(relay_t *relay, session_t *spared) noexcept nogil:
     """Make room for another client. False when there is nobody but `spared` to evict."""
     cdef session_t *victim = relay.classes[UNPROVEN].oldest
-    if victim == NULL or victim == spared or victim.first:
+    if victim != NULL and victim == spared:
+        victim = victim.newer
+    if victim == NULL:  # only where there is no other: newcomers must not drive out those that are proven
         victim = relay.classes[PROVEN].oldest
     # One that is part of the batch in hand stays: its messages are about to be sent.
     if victim == NULL or victim == spared or victim.first:
@@ -637,9 +639,26 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     return True
 
 
+cdef void session_age_queue(relay_t *relay, session_t *session) noexcept nogil:
+    """Drop what has waited too long."""
+    cdef queued_t *item
+    cdef int64_t oldest = relay.now - min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    while session.queue_head != NULL and session.queue_head.since < oldest:
+        item = session.queue_head
+        session.queue_head = item.next
+        if session.queue_head == NULL:
+            session.queue_tail = NULL
+        session.queue_length -= 1
+        relay.queued_bytes -= item.length
+        relay.counters[QUEUED_NOW] -= 1
+        relay.counters[DROPPED_NO_BACKEND] += 1
+        free(item)
+
+
 cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t length) noexcept nogil:
     """Keep one datagram until there is a backend, within bounds."""
     cdef queued_t *item = NULL
+    session_age_queue(relay, session)
     if (
         relay.hold_ms
         and session.queue_length < QUEUE_DATAGRAMS
@@ -665,13 +684,11 @@ cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t
 
 cdef void session_release(relay_t *relay, session_t *session) noexcept nogil:
     """There is a backend: send what was queued, in its order, before anything newer."""
-    cdef queued_t *item = session.queue_head
-    cdef int64_t oldest = relay.now - min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    cdef queued_t *item
+    session_age_queue(relay, session)
+    item = session.queue_head
     while item != NULL:
-        if item.since < oldest:
-            relay.counters[DROPPED_NO_BACKEND] += 1
-        else:
-            outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
+        outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
         item = item.next
     outbox_flush(relay, TO_BACKEND)
     session_forget_queue(relay, session)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ambassador.documents import Vantage, joined_reference, own_container_id, vantage_of
 from ambassador.engine import connect_engine
-from ambassador.events import FILTERS, Backoff, EventParser, subject
+from ambassador.events import FILTERS, Backoff, EventParser, death, subject
 from ambassador.follower import (
     Engine,
     EngineError,
@@ -256,6 +256,10 @@ class Discovery:
         for data in stream:
             for event in parser.feed(data):
                 who = subject(event)
+                dead = death(event)
+                if dead is not None:
+                    for follower in self._followers:
+                        follower.bereave(*dead)
                 vantage = self._vantage
                 own = (vantage.container_id, vantage.network_owner) if vantage else ()
                 if who is None or any(i in who.ids for i in own):

@@ -14,7 +14,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from ambassador.model import Listener, Protocol
@@ -80,6 +80,9 @@ class Exposed(NamedTuple):
 
 
 # --- reading a document ------------------------------------------------------------------------
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def section(document: Document | None, *path: str) -> Mapping[str, Any]:
@@ -188,16 +191,21 @@ def attachments(document: Document) -> tuple[Attachment, ...]:
     return tuple(sorted(found, key=lambda a: (a.network in DEFAULT_NETWORKS, a.network)))
 
 
+def microseconds(moment: str) -> int | None:
+    """Docker's text for a moment as microseconds since the epoch, or None if it is none."""
+    try:
+        read = datetime.fromisoformat(moment)
+    except ValueError:
+        return None
+    return (read.replace(tzinfo=read.tzinfo or UTC) - _EPOCH) // timedelta(microseconds=1)
+
+
 def started_after(document: Document, other: Document) -> bool:
     """Whether `document`'s container was started later than `other`'s; False where not known."""
-    moments = []
-    for each in (document, other):
-        try:
-            moment = datetime.fromisoformat(text(section(each, "State"), "StartedAt"))
-        except ValueError:
-            return False
-        moments.append(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    return moments[0] > moments[1]
+    ours, theirs = (
+        microseconds(text(section(each, "State"), "StartedAt")) for each in (document, other)
+    )
+    return ours is not None and theirs is not None and ours > theirs
 
 
 # --- the ambassador's own place ----------------------------------------------------------------

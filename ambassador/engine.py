@@ -70,7 +70,7 @@ def connect_engine(
     where = host.removeprefix("unix://")
     url = f"unix://{host}" if host.startswith("/") else host
     # One connection too many is not worth a line each: urllib3 warns of every one.
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
     def client(version: str) -> docker.APIClient:
         made = docker.APIClient(

@@ -2,7 +2,8 @@
 
 Invariants:
 
-- An event is a hint. Its content decides only who looks again, never what is so.
+- An event is a hint. Its content decides who looks again, never what is so; with one exception, on the
+  safe side: a container's death is believed until the look that it causes has an answer (`death`).
 - What cannot be understood concerns everybody: a look too many costs a millisecond, a look too few
   leaves a target lost until the next reconcile.
 - Memory is bounded whatever the stream says: a record longer than MAX_RECORD is given up.
@@ -93,6 +94,19 @@ def subject(event: Any) -> Subject | None:
     if not isinstance(actor_id, str) or not actor_id or not known:
         return None
     return Subject(frozenset({actor_id}), known)
+
+
+def death(event: Any) -> tuple[str, int] | None:
+    """The container that `event` says has died, and when: nanoseconds since the epoch, by the daemon's clock.
+
+    `die` is Docker's word, `died` Podman's. Not `kill`: every signal makes one.
+    """
+    if subject(event) is None or event["Type"] != "container":
+        return None
+    at = event.get("timeNano")
+    if event.get("Action") not in ("die", "died") or not isinstance(at, int):
+        return None
+    return event["Actor"]["ID"], at
 
 
 class Backoff:

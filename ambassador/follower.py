@@ -29,6 +29,7 @@ from ambassador.documents import (
     is_running,
     is_target,
     joined_reference,
+    microseconds,
     needs_drivers,
 )
 from ambassador.events import Backoff, Subject
@@ -111,6 +112,8 @@ class Follower:
         self._stopping = threading.Event()
         self._state = TargetState(target)
         self._ids: frozenset[str] = frozenset()
+        self._lock = threading.Lock()  # over _state and _overtaken; held for no call that can block
+        self._overtaken = False  # a death was heard after the look in progress began
         self._said: object = None
         self._said_skipped: tuple[str, ...] = ()
         self._said_failure = ""
@@ -133,6 +136,24 @@ class Follower:
         if fresh:
             self._retries = 0
         self._dirty.set()
+
+    def bereave(self, container_id: str, at: int) -> None:
+        """The container died at `at` (ns): drop its address at once, until a look that began later says more.
+
+        Inspect would say so too, but only once Docker has cleaned up behind the container, some 0.1 to
+        0.5 s later: so long would new connections and datagrams go to a network that is gone. A death
+        that is older than the run that is known is old news.
+        """
+        with self._lock:
+            state = self._state
+            if container_id not in self._ids or state.address is None:
+                return
+            started = microseconds(state.started_at)
+            if started is not None and started >= at // 1000:
+                return
+            self._overtaken = True
+            self._state = replace(state, address=None)
+            self._around.publish(self._state)
 
     def concerned(self, subject: Subject) -> bool:
         """Whether an event is about this target: its name, its container, the one it joined."""
@@ -160,6 +181,8 @@ class Follower:
         engine = self._around.engine()
         if engine is None:
             return None  # everybody is marked when it is back
+        with self._lock:
+            self._overtaken = False
         try:
             state, pending, running = self._ask(engine)
         except EngineError as error:
@@ -224,8 +247,11 @@ class Follower:
             return {}
 
     def _publish(self, state: TargetState) -> None:
-        self._state = state
-        self._around.publish(state)
+        with self._lock:
+            if self._overtaken:
+                return  # asked before the container died; the event has marked for another look
+            self._state = state
+            self._around.publish(state)
 
     # --- what is said, once ---
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_options import BAD_COMMAND_LINES, BAD_ENGINES, BAD_ROUTES
 
 from ambassador import __version__
 from ambassador.options import follow_usage, relay_usage
+from tests.unit.test_options import BAD_COMMAND_LINES, BAD_ENGINES, BAD_ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,49 @@
+"""Fixtures of the tests of discovery: an Engine of plain objects, a log, and a running Discovery."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ambassador.discovery import Discovery
+from tests.unit.fake_engine import Log, Start, World, settle, until
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def start(world: World, log: Log) -> Iterator[Start]:
+    started: list[Discovery] = []
+    logger = logging.Logger("test", logging.DEBUG)
+    logger.addHandler(log)
+
+    def make(*targets: str, wait: bool = True, **changes: Any) -> Discovery:
+        settings: dict[str, Any] = {
+            "network": None,
+            "on_change": lambda: None,
+            "log": logger,
+            "debounce": 0.005,
+            "own_id": lambda: None,
+        }
+        made = Discovery(world.connect, targets, **(settings | changes))
+        started.append(made)
+        made.start()
+        if wait:
+            until(lambda: made.connected and all(world.looks(target) for target in targets))
+            settle(world)
+        return made
+
+    yield make
+    for each in started:
+        each.stop()

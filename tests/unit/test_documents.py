@@ -1,0 +1,308 @@
+"""Reading inspect documents: ports, identity, the ambassador's own place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ambassador.documents import (
+    attachments,
+    container_id,
+    drivers_of,
+    exposed_listeners,
+    is_running,
+    is_target,
+    joined_reference,
+    needs_drivers,
+    own_container_id,
+    started_after,
+    vantage_of,
+)
+from ambassador.inspect import target_state
+from ambassador.model import Listener, Protocol
+
+DOCUMENTS = Path(__file__).parent / "documents"
+ENGINES = ("engine-20.10", "engine-26", "engine-29", "podman-5")
+ID = "3f4c" * 16
+OTHER_ID = "7a9b" * 16
+
+
+def load(engine: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DOCUMENTS / f"{engine}.json").read_text())
+    return loaded
+
+
+def listeners(*texts: str) -> frozenset[Listener]:
+    pairs = (text.split("/") for text in texts)
+    return frozenset(Listener(int(port), Protocol(protocol)) for port, protocol in pairs)
+
+
+def ports(config: object = None, settings: object = None) -> dict[str, Any]:
+    return {"Config": {"ExposedPorts": config}, "NetworkSettings": {"Ports": settings}}
+
+
+# --- ports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ports_of_a_real_document(engine: str) -> None:
+    exposed = exposed_listeners(load(engine)["user-network"])
+    assert exposed.listeners == listeners(
+        "53/udp", "80/tcp", "6379/tcp", "8000/tcp", "8001/tcp", "8002/tcp"
+    )
+    assert exposed.skipped == ("3868/sctp",)
+    assert exposed_listeners(load(engine)["exposes-nothing"]) == (frozenset(), ())
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (ports({"80/tcp": {}}), listeners("80/tcp")),
+        (ports({"80": {}}), listeners("80/tcp")),
+        (ports({"53/UDP": {}}), listeners("53/udp")),
+        (ports({"8000-8002/tcp": {}}), listeners("8000/tcp", "8001/tcp", "8002/tcp")),
+        (ports({"7-7/udp": {}}), listeners("7/udp")),
+        (ports({"80/tcp": {}}, {"80/tcp": None, "53/udp": []}), listeners("80/tcp", "53/udp")),
+        (ports(None, {"443/tcp": [{"HostPort": "1"}]}), listeners("443/tcp")),
+        (ports({"1/tcp": {}, "65535/tcp": {}}), listeners("1/tcp", "65535/tcp")),
+        # Junk is left out, and does not take the rest with it.
+        (ports({"0/tcp": {}, "65536/tcp": {}, "5/tcp": {}}), listeners("5/tcp")),
+        (ports({"": {}, "x/tcp": {}, "-1/tcp": {}, "9-/tcp": {}, "5/tcp": {}}), listeners("5/tcp")),
+        (ports({"9-8/tcp": {}, "5/tcp": {}, "\uff16/tcp": {}, "7/tcp\n": {}}), listeners("5/tcp")),
+        (ports([], "x"), frozenset()),
+        (ports(), frozenset()),
+        ({}, frozenset()),
+        ({"Config": None, "NetworkSettings": None}, frozenset()),
+        ({"Config": [1], "NetworkSettings": 7}, frozenset()),
+    ],
+)
+def test_exposed_listeners(document: dict[str, Any], expected: frozenset[Listener]) -> None:
+    assert exposed_listeners(document).listeners == expected
+
+
+def test_sctp_is_reported_once_and_not_relayed() -> None:
+    exposed = exposed_listeners(ports({"9/sctp": {}, "9/tcp": {}}, {"9/sctp": None}))
+    assert exposed == (listeners("9/tcp"), ("9/sctp",))
+
+
+# --- identity ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "ident", "accepted"),
+    [
+        ("web", "/web", ID, True),
+        ("web", "web", ID, True),
+        ("/web", "/web", ID, True),
+        ("web", "/web2", ID, False),
+        ("web2", "/web", ID, False),
+        ("WEB", "/web", ID, False),
+        (ID, "/web", ID, True),
+        (ID[:12], "/web", ID, True),
+        (ID[:40], "/web", ID, True),
+        # Docker answers to these as well; they are names that nobody has.
+        (ID[:11], "/web", ID, False),
+        ("3f", "/web", ID, False),
+        (ID[:12].upper(), "/web", ID, False),
+        (OTHER_ID[:12], "/web", ID, False),
+        (ID[:12], "/web", "", False),
+        ("", "", "", False),
+        ("/", "/", ID, False),
+    ],
+)
+def test_is_target(target: str, name: str, ident: str, accepted: bool) -> None:
+    assert is_target({"Name": name, "Id": ident}, target) is accepted
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_joined_reference_leads_to_its_container(engine: str) -> None:
+    documents = load(engine)
+    reference = joined_reference(documents["joined"])
+    assert reference is not None and is_target(documents["user-network"], reference)
+    assert joined_reference(documents["user-network"]) is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_started_after_compares_moments_not_texts(engine: str) -> None:
+    documents = load(engine)
+    assert started_after(documents["joined"], documents["user-network"])
+    assert not started_after(documents["user-network"], documents["joined"])
+    assert started_after(documents["user-network-restarted"], documents["joined"])
+    assert not started_after(documents["joined"], documents["joined"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "after"),
+    [
+        ("2026-01-01T00:00:00.9Z", "2026-01-01T00:00:00.12Z", True),
+        ("2026-01-01T01:00:00+02:00", "2026-01-01T00:00:00Z", False),
+        ("2026-01-01T00:00:00Z", "", False),
+        ("soon", "2026-01-01T00:00:00Z", False),
+        ("2026-01-01T00:00:01", "2026-01-01T00:00:00Z", True),
+    ],
+)
+def test_started_after(first: str, second: str, after: bool) -> None:
+    assert started_after({"State": {"StartedAt": first}}, {"State": {"StartedAt": second}}) is after
+
+
+# --- state and networks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_is_running(engine: str) -> None:
+    running = {name for name, document in load(engine).items() if is_running(document)}
+    down = {"restarting", "created", "stopped", "user-network-stopped"}
+    assert running == load(engine).keys() - down
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attachments(engine: str) -> None:
+    documents = load(engine)
+    assert [a.network for a in attachments(documents["two-networks"])] == ["back", "front"]
+    for situation in ("host", "none", "unplugged", "joined"):
+        assert attachments(documents[situation]) == ()
+    (six,) = attachments(documents["ipv6-only"])
+    assert (six.address, six.gateway) == ("fd00:5::2", "fd00:5::1")
+    (empty,) = attachments(documents["no-address"])
+    assert (empty.address, empty.gateway) == ("", "")
+
+
+def test_attachments_put_the_default_network_last() -> None:
+    networks = {name: {"IPAddress": "10.0.0.1"} for name in ("bridge", "zoo", "alpha", "podman")}
+    found = attachments({"NetworkSettings": {"Networks": networks}})
+    assert [a.network for a in found] == ["alpha", "zoo", "bridge", "podman"]
+
+
+@pytest.mark.parametrize(
+    "address", ["", "10.0.0.1/24", "0.0.0.0", "::", "host", "1.2.3.4\n", None, 7]
+)
+def test_an_address_is_a_literal_or_nothing(address: object) -> None:
+    document = {"NetworkSettings": {"Networks": {"net": {"IPAddress": address}}}}
+    (place,) = attachments(document)
+    assert place.address == ""
+
+
+def test_old_podman_fills_the_top_level_only() -> None:
+    document = {
+        "NetworkSettings": {"Networks": {}, "IPAddress": "10.88.0.6", "Gateway": "10.88.0.1"}
+    }
+    (place,) = attachments(document)
+    assert (place.address, place.gateway) == ("10.88.0.6", "10.88.0.1")
+
+
+# --- the ambassador's own place ----------------------------------------------------------------
+
+MOUNT = "424 407 254:0 {root} {point} rw,relatime - ext4 /dev/vda rw\n"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "cgroup", "expected"),
+    [
+        (
+            "".join(
+                MOUNT.format(root=f"/var/lib/docker/containers/{ID}/{name}", point=f"/etc/{name}")
+                for name in ("resolv.conf", "hostname", "hosts")
+            ),
+            "0::/\n",
+            ID,
+        ),
+        (MOUNT.format(root=f"/containers/{ID}/hosts", point="/etc/hosts"), "", ID),
+        (
+            MOUNT.format(
+                root=f"/containers/storage/overlay-containers/{ID}/userdata/hostname",
+                point="/etc/hostname",
+            ),
+            "0::/\n",
+            ID,
+        ),
+        # The mounts are surer than the cgroup, and /etc/hostname is surest: hosts may be shared.
+        (
+            MOUNT.format(root=f"/containers/{OTHER_ID}/hosts", point="/etc/hosts")
+            + MOUNT.format(root=f"/containers/{ID}/hostname", point="/etc/hostname"),
+            f"3:cpu:/docker/{OTHER_ID}\n",
+            ID,
+        ),
+        ("", f"12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n", ID),
+        ("", f"1:name=systemd:/system.slice/docker-{ID}.scope\n", ID),
+        ("", f"1:cpu:/machine.slice/libpod-{ID}.scope/container\n", ID),
+        # A host: its containers' directories, mounted elsewhere, say nothing about itself.
+        (
+            MOUNT.format(root=f"/containers/{ID}/mounts/shm", point="/var/lib/docker/shm"),
+            "0::/",
+            None,
+        ),
+        (MOUNT.format(root=f"/containers/{ID}/hostname", point="/mnt/hostname"), "", None),
+        ("30 1 8:1 / / rw - ext4 /dev/sda1 rw\n", "0::/user.slice/user-0.slice\n", None),
+        ("junk\n\n1 2\n", "junk", None),
+        ("", "", None),
+    ],
+)
+def test_own_container_id(mountinfo: str, cgroup: str, expected: str | None) -> None:
+    assert own_container_id(mountinfo, cgroup) == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_vantage(engine: str) -> None:
+    documents = load(engine)
+    default = vantage_of(documents["ambassador-default"])
+    assert not default.host and len(default.attachments) == 1
+    assert (
+        default.network_owner
+        == default.container_id
+        == container_id(documents["ambassador-default"])
+    )
+    host = vantage_of(documents["ambassador-host"])
+    assert host.host and host.container_id == container_id(documents["ambassador-host"])
+    joined = vantage_of(documents["joined"], documents["user-network"])
+    assert joined.container_id == container_id(documents["joined"])
+    assert joined.network_owner == container_id(documents["user-network"])
+    assert [a.network for a in joined.attachments] == ["back"]
+    nowhere = vantage_of(None)
+    assert nowhere.host and nowhere.container_id is None
+
+
+def test_drivers() -> None:
+    networks = json.loads((DOCUMENTS / "networks-20.10.json").read_text())
+    drivers = drivers_of(networks)
+    back = next(n for n in networks if n["Name"] == "back")
+    assert drivers["back"] == drivers[back["Id"]] == "bridge"
+    assert drivers["none"] == "null"
+    assert drivers_of([None, 3, {}, {"Id": 4, "Driver": "x"}]) == {}
+
+
+def test_drivers_are_asked_for_only_where_they_decide() -> None:
+    documents = load("engine-20.10")
+    on_host, inside = vantage_of(None), vantage_of(documents["ambassador-user"])
+    assert needs_drivers(documents["two-networks"], on_host, None)
+    assert not needs_drivers(documents["two-networks"], on_host, "back")
+    assert not needs_drivers(documents["default-bridge"], on_host, None)
+    assert not needs_drivers(documents["two-networks"], inside, None)
+
+
+# --- any JSON at all ---------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+KEYS = st.sampled_from(
+    (
+        *("Id", "Name", "State", "Running", "StartedAt", "Config", "ExposedPorts", "x", "80/tcp"),
+        *("NetworkSettings", "Ports", "Networks", "IPAddress", "HostConfig", "NetworkMode"),
+    )
+)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5)
+)
+
+
+@given(document=st.dictionaries(KEYS, JSON), own=st.none() | st.dictionaries(KEYS, JSON))
+def test_no_document_makes_it_raise(document: dict[str, Any], own: dict[str, Any] | None) -> None:
+    vantage = vantage_of(own)
+    state = target_state("web", document, vantage, joined=own)
+    assert state.target == "web"
+    assert "\n" not in state.problem
+    is_target(document, "web")
+    started_after(document, own or {})

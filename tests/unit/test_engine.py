@@ -1,0 +1,306 @@
+"""The Docker client against a small HTTP server on a Unix socket that answers as it is told."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ambassador.engine import DockerEngine, connect_engine
+from ambassador.follower import EngineError, NoSuchContainer
+
+Answer = Callable[["Handler"], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server | TcpServer
+
+    def do_GET(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        path = self.path.partition("?")[0]
+        for suffix, answer in self.server.answers.items():
+            if path.endswith(suffix):
+                answer(self)
+                return
+        self.send(404, b'{"message":"page not found"}')
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        pass
+
+
+def usual_answers() -> dict[str, Answer]:
+    return {
+        "/_ping": lambda h: h.send(200, b"OK", Api_Version="1.41"),
+        "/version": lambda h: h.send(200, b'{"ApiVersion":"1.40"}'),
+    }
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, Handler)
+        self.asked: list[str] = []
+        self.answers = usual_answers()
+
+
+class TcpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+        self.answers = usual_answers()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(str(tmp_path / "s")) as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+def connect(server: Server, timeout: float = 5.0) -> DockerEngine:
+    return connect_engine(f"unix://{server.server_address!s}", timeout=timeout)
+
+
+def says(status: int, body: bytes) -> Answer:
+    return lambda handler: handler.send(status, body)
+
+
+# --- connecting --------------------------------------------------------------------------------
+
+
+def test_one_ping_negotiates_and_nothing_else_is_asked(server: Server) -> None:
+    server.answers["/web/json"] = says(200, b'{"Id":"1"}')
+    engine = connect(server)
+    assert engine.inspect_container("web") == {"Id": "1"}
+    assert server.asked == ["GET /_ping", "GET /v1.41/containers/web/json"]
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "ping", [says(403, b"no"), says(200, b"OK"), lambda h: h.send(200, b"OK", Api_Version="new")]
+)
+def test_version_is_asked_where_the_ping_does_not_tell(server: Server, ping: Answer) -> None:
+    server.answers["/_ping"] = ping
+    server.answers["/web/json"] = says(200, b"{}")
+    connect(server).inspect_container("web")
+    assert server.asked == ["GET /_ping", "GET /version", "GET /v1.40/containers/web/json"]
+
+
+def test_a_plain_path_and_the_urls_of_a_socket(server: Server) -> None:
+    path = str(server.server_address)
+    for host in (path, f"unix://{path}"):
+        connect_engine(host).ping()
+
+
+def test_no_socket_says_how_to_mount_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"no socket .*docker run -v /var/run/docker.sock:"
+    ) as info:
+        connect_engine(str(tmp_path / "none"))
+    assert info.value.cheap
+
+
+def test_a_dead_socket_says_that_nobody_listens(tmp_path: Path) -> None:
+    Server(str(tmp_path / "s")).server_close()
+    with pytest.raises(EngineError, match="nobody listens") as info:
+        connect_engine(str(tmp_path / "s"))
+    assert info.value.cheap
+
+
+def test_permission_denied_names_the_group(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("docker.transport.unixconn.UnixHTTPConnection.connect", refuse)
+    with pytest.raises(EngineError, match=r"--group-add \$\(stat -c %g /"):
+        connect(server)
+
+
+def test_a_refused_tcp_port_is_one_line() -> None:
+    with pytest.raises(EngineError, match="Connection refused") as info:
+        connect_engine("tcp://127.0.0.1:1")
+    assert "\n" not in str(info.value) and "127.0.0.1:1" in str(info.value)
+    assert not info.value.cheap
+
+
+@pytest.mark.parametrize("host", ["tcp://", "fd://", "tcp://127.0.0.1", "gopher://x:1"])
+def test_an_address_that_is_none_is_an_engine_error(host: str) -> None:
+    with pytest.raises(EngineError):
+        connect_engine(host)
+
+
+def test_a_silent_daemon_ends_in_time(server: Server) -> None:
+    server.answers["/_ping"] = lambda _: time.sleep(2)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"does not answer GET /_ping in time"):
+        connect(server, timeout=0.1)
+    assert time.monotonic() - began < 1.5
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["No such container: web", 'no container with name or ID "web" found: no such container'],
+)
+def test_no_such_container(server: Server, message: str) -> None:
+    server.answers["/json"] = says(404, json.dumps({"message": message}).encode())
+    with pytest.raises(NoSuchContainer):
+        connect(server).inspect_container("web")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (says(403, b"<html>no</html>"), r"forbids GET /containers/web/json \(403\).*CONTAINERS"),
+        (says(404, b"<html>not here</html>"), "with 404.*is this a Docker Engine"),
+        (says(404, b'{"message":"page not found"}'), "is this a Docker Engine"),
+        (says(500, b'{"message":"a\\nb"}'), "answers GET /containers/web/json with 500: a$"),
+        (says(200, b"junk"), "GET /containers/web/json failed"),
+        (says(200, b"[]"), "no JSON object"),
+        (says(200, b"\xff\xfe{"), "GET /containers/web/json failed"),
+    ],
+)
+def test_other_answers_name_the_endpoint(server: Server, answer: Answer, words: str) -> None:
+    server.answers["/json"] = answer
+    with pytest.raises(EngineError, match=words) as info:
+        connect(server).inspect_container("web")
+    assert not isinstance(info.value, NoSuchContainer)
+    assert str(info.value).isprintable()
+
+
+def test_networks(server: Server) -> None:
+    server.answers["/networks"] = says(200, b'[{"Name":"a"}]')
+    assert connect(server).networks() == [{"Name": "a"}]
+    server.answers["/networks"] = says(200, b"{}")
+    assert connect(server).networks() == []
+
+
+def test_tcp_is_asked_directly_whatever_proxy_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with TcpServer() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        connect_engine(f"tcp://127.0.0.1:{made.server_address[1]}").ping()
+        made.shutdown()
+    assert made.asked[0] == "GET /_ping" and len(made.asked) == 2
+
+
+# --- the event stream --------------------------------------------------------------------------
+
+
+def chunks(*pieces: bytes, end: bool = True, hold: threading.Event | None = None) -> Answer:
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for piece in pieces:
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        if hold is not None:
+            hold.wait(5)
+        if end:
+            handler.wfile.write(b"0\r\n\r\n")
+        handler.close_connection = True
+
+    return answer
+
+
+def plain(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    handler.wfile.write(b'{"a":1}\n')
+    time.sleep(0.2)
+    handler.wfile.write(b'{"b":2}\n')
+    handler.close_connection = True
+
+
+def test_events_come_as_they_are_sent_filtered_by_the_server(server: Server) -> None:
+    server.answers["/events"] = chunks(b'{"a":1}\n', b'{"b":', b"2}\n")
+    stream = connect(server).events({"type": ["container"]})
+    assert list(stream) == [b'{"a":1}\n', b'{"b":', b"2}\n"]
+    assert server.asked[-1] == (
+        "GET /v1.41/events?filters=%7B%22type%22%3A+%5B%22container%22%5D%7D"
+    )
+
+
+@pytest.mark.parametrize("answer", [chunks(b"x", end=False), chunks(b"x")])
+def test_a_stream_cut_short_just_ends(server: Server, answer: Answer) -> None:
+    server.answers["/events"] = answer
+    assert b"".join(connect(server).events({})) == b"x"
+
+
+def test_without_chunks_events_still_come_at_once(server: Server) -> None:
+    server.answers["/events"] = plain
+    began, first = time.monotonic(), 0.0
+    data = b""
+    for piece in connect(server).events({}):
+        first = first or time.monotonic() - began
+        data += piece
+    assert data == b'{"a":1}\n{"b":2}\n'
+    assert first < 0.15
+
+
+def test_silence_longer_than_the_timeout_does_not_end_the_stream(server: Server) -> None:
+    hold = threading.Event()
+    server.answers["/events"] = chunks(b"1", hold=hold)
+    pieces = iter(connect(server, timeout=0.1).events({}))
+    assert next(pieces) == b"1"
+    threading.Timer(0.4, hold.set).start()
+    began = time.monotonic()
+    assert list(pieces) == []
+    assert time.monotonic() - began > 0.25
+
+
+def test_close_ends_the_iteration_of_another_thread(server: Server) -> None:
+    hold = threading.Event()
+    server.answers["/events"] = chunks(b"1", hold=hold)
+    stream = connect(server).events({})
+    reader = threading.Thread(target=list, args=(stream,))
+    reader.start()
+    time.sleep(0.05)
+    assert reader.is_alive()
+    stream.close()
+    reader.join(2)
+    assert not reader.is_alive()
+    stream.close()  # once more does no harm
+    hold.set()
+
+
+def test_a_forbidden_stream_names_the_endpoint(server: Server) -> None:
+    server.answers["/events"] = says(403, b"")
+    with pytest.raises(EngineError, match=r"forbids GET /events \(403\).*EVENTS"):
+        connect(server).events({})
+
+
+def test_a_stream_whose_head_never_comes_ends_in_time(server: Server) -> None:
+    server.answers["/events"] = lambda _: time.sleep(2)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="does not answer GET /events"):
+        connect(server, timeout=0.1).events({})
+    assert time.monotonic() - began < 1.5

@@ -1,0 +1,186 @@
+"""Parsing the event stream however it is cut, and whom an event concerns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ambassador.events import FILTERS, Backoff, EventParser, Subject, death, subject
+
+RECORDED = (Path(__file__).parent / "documents" / "events-20.10.jsonl").read_bytes()
+EVENTS = [json.loads(line) for line in RECORDED.splitlines()]
+ID = "d0" * 32
+
+
+def parsed(*pieces: bytes, max_record: int = 1 << 18) -> list[Any]:
+    parser = EventParser(max_record)
+    return [value for piece in pieces for value in parser.feed(piece)]
+
+
+# --- the parser --------------------------------------------------------------------------------
+
+
+@given(cuts=st.lists(st.integers(0, len(RECORDED)), max_size=30))
+def test_the_cuts_do_not_matter(cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), len(RECORDED)]
+    pieces = [RECORDED[a:b] for a, b in itertools.pairwise(edges)]
+    assert parsed(*pieces) == EVENTS
+
+
+def test_one_byte_at_a_time() -> None:
+    data = '{"a":"é"}\n{"b":[{}]}'.encode()
+    assert parsed(*(bytes([byte]) for byte in data)) == [{"a": "é"}, {"b": [{}]}]
+
+
+def test_records_without_newlines() -> None:
+    assert parsed(b'{"a":1}{"b":2} {"c"', b":3}") == [{"a": 1}, {"b": 2}, {"c": 3}]
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"<html>", b'{"cut":', b"}", b"\xff\xfe", b'{"a":1'])
+def test_junk_is_one_none_and_the_stream_goes_on(junk: bytes) -> None:
+    assert parsed(junk + b'\n{"b":2}\n') == [None, {"b": 2}]
+
+
+def test_blank_lines_are_nothing() -> None:
+    assert parsed(b"\n\r\n  \n", b'{"a":1}\n\n') == [{"a": 1}]
+
+
+def test_bytes_that_are_no_utf8_stay_inside_their_record() -> None:
+    (value,) = parsed(b'{"name":"\xff\xfe"}\n')
+    assert value == {"name": "\N{REPLACEMENT CHARACTER}" * 2}
+
+
+def test_memory_is_bounded() -> None:
+    parser = EventParser(max_record=1000)
+    values = [value for _ in range(100) for value in parser.feed(b'{"a":"' + b"x" * 100)]
+    assert values and set(values) == {None}
+    assert len(parser._buffer) <= 1000 + 106
+
+
+def test_deep_nesting_is_junk_not_a_crash() -> None:
+    assert parsed(b"[" * 100_000 + b"\n" + b'{"a":1}\n') == [None, {"a": 1}]
+
+
+# --- whom an event is about --------------------------------------------------------------------
+
+
+def container_event(**changes: Any) -> dict[str, Any]:
+    event = {
+        "Type": "container",
+        "Action": "start",
+        "Actor": {"ID": ID, "Attributes": {"name": "web", "image": "x"}},
+    }
+    return event | changes
+
+
+def test_recorded_events() -> None:
+    subjects = [subject(event) for event in EVENTS]
+    assert None not in subjects
+    web, two = EVENTS[0]["Actor"]["ID"], EVENTS[-1]["Actor"]["ID"]
+    assert [next(iter(who.ids)) for who in subjects if who] == [web] * 7 + [two] * 5
+    assert subjects[-1] == Subject(frozenset({two}), frozenset({"two", "deux"}))
+    network = next(
+        who for who, event in zip(subjects, EVENTS, strict=True) if event["Type"] == "network"
+    )
+    assert network == Subject(frozenset({web}), frozenset())
+
+
+def test_podmans_network_event_has_the_container_as_its_id() -> None:
+    event = {
+        "Type": "network",
+        "Action": "connect",
+        "Actor": {"ID": ID, "Attributes": {"name": "", "image": "", "network": "back"}},
+    }
+    assert subject(event) == Subject(frozenset({ID}), frozenset())
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        None,
+        3,
+        "start",
+        [],
+        {},
+        {"status": "start", "id": ID},
+        container_event(Type="volume"),
+        container_event(Type=None),
+        container_event(Type=[]),
+        container_event(Actor=None),
+        container_event(Actor={"ID": ID}),
+        container_event(Actor={"ID": ID, "Attributes": {}}),
+        container_event(Actor={"ID": ID, "Attributes": {"name": {}}}),
+        container_event(Actor={"ID": 7, "Attributes": {"name": "web"}}),
+        container_event(Actor={"ID": "", "Attributes": {"name": "web"}}),
+        {
+            "Type": "network",
+            "Action": "destroy",
+            "Actor": {"ID": "n", "Attributes": {"name": "back"}},
+        },
+        {"Type": "network", "Actor": {"ID": "n", "Attributes": {"container": 5}}},
+        {"Type": "network", "Actor": {"ID": "n", "Attributes": {"container": {}}}},
+    ],
+)
+def test_what_is_not_understood_might_concern_anybody(event: object) -> None:
+    assert subject(event) is None
+
+
+def test_filters() -> None:
+    asked = set(FILTERS["event"])
+    assert {"die", "died", "start", "destroy", "rename", "connect", "disconnect"} <= asked
+    # A health check makes three exec events every few seconds; a signal is no death.
+    assert not {name for name in asked if name.startswith("exec")}
+    assert "kill" not in asked
+    assert FILTERS["type"] == ["container", "network"]
+
+
+# --- backoff -----------------------------------------------------------------------------------
+
+
+def test_backoff_doubles_up_to_its_cap_and_starts_anew() -> None:
+    backoff = Backoff(1.0, 5.0, fraction=lambda: 0.0)
+    assert [backoff.next() for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
+    assert backoff.next(cap=2.0) == 2.0
+    assert backoff.next(cap=100.0) == 5.0
+    backoff.reset()
+    assert backoff.next() == 1.0
+
+
+def test_backoff_varies_between_half_and_whole() -> None:
+    assert Backoff(1.0, 5.0, fraction=lambda: 1.0).next() == 0.5
+    delays = {Backoff(1.0, 5.0).next() for _ in range(50)}
+    assert len(delays) > 1 and all(0.5 <= delay <= 1.0 for delay in delays)
+
+
+DIE = {
+    "Type": "container",
+    "Action": "die",
+    "Actor": {"ID": "a" * 64, "Attributes": {"name": "web"}},
+    "timeNano": 1_700_000_000_000_000_007,
+}
+
+
+@pytest.mark.parametrize("action", ["die", "died"])
+def test_a_death_names_the_container_and_the_moment(action: str) -> None:
+    assert death({**DIE, "Action": action}) == ("a" * 64, 1_700_000_000_000_000_007)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {**DIE, "Action": "kill"},
+        {**DIE, "Type": "network"},
+        {**DIE, "timeNano": "soon"},
+        {**DIE, "Actor": None},
+        None,
+        [],
+    ],
+)
+def test_nothing_else_is_a_death(event: object) -> None:
+    assert death(event) is None
