@@ -5,7 +5,14 @@ from setuptools import Extension, setup
 
 # -fno-semantic-interposition and -fwrapv are what CPython itself is built with; the loops are plain C
 # in all but syntax, so -O2 is where the time is and -O3 only grows them.
-CFLAGS = ["-O2", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-declaration", "-D_GNU_SOURCE"]
+CFLAGS = [
+    "-O2",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Werror=implicit-function-declaration",
+    "-D_GNU_SOURCE",
+]
 
 
 def loop(name: str) -> Extension:
@@ -18,7 +25,7 @@ def loop(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [loop("_splice"), loop("_datagram")],
+        [loop("_splice"), loop("_datagram"), loop("_forker"), loop("_wire")],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,

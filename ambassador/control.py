@@ -1,4 +1,6 @@
-"""Control records: what the parent tells a worker over its control pipe. Packing only, no I/O.
+"""Control records: what the parent tells a worker over its control pipe. No I/O.
+
+Packing is here; taking apart, which is what a worker does, is compiled (_wire.pyx).
 
 A record is a 16-byte header and a payload, little-endian:
 
@@ -23,21 +25,23 @@ import enum
 import struct
 from collections.abc import Iterator
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ambassador._wire import MAX_BACKENDS as MAX_BACKENDS
+from ambassador._wire import MAX_PAYLOAD as MAX_PAYLOAD
+from ambassador._wire import VERSION as VERSION
+from ambassador._wire import take
 from ambassador.model import Listener, Protocol
-
-VERSION = 1
-MAX_PAYLOAD = 60_000
-"""Bytes. A pipe holds 64 KiB, so a record always fits an empty one."""
-
-MAX_BACKENDS = 1024
 
 _HEADER = struct.Struct("<BBHIQ")
 _START = struct.Struct("<HBBIIIIII")
 _BACKEND = struct.Struct("<BBHIQ16s")
 _REPOINT = struct.Struct("<HH")
 _DRAIN = struct.Struct("<I")
+
+
+if TYPE_CHECKING:
+    from ambassador._wire import StartNumbers
 
 
 class BadRecord(ValueError):
@@ -127,18 +131,11 @@ class Unpacker:
     def feed(self, data: bytes) -> Iterator[Record]:
         """Yield each record that `data` completes. Raises BadRecord; then the stream is unusable."""
         self._bytes += data
-        while len(self._bytes) >= _HEADER.size:
-            version, kind, reserved, length, generation = _HEADER.unpack_from(self._bytes)
-            if version != VERSION:
-                raise BadRecord(f"control record version {version}, this worker speaks {VERSION}")
-            if reserved or length > MAX_PAYLOAD:
-                raise BadRecord(f"control record header with reserved {reserved}, length {length}")
-            end = _HEADER.size + length
-            if len(self._bytes) < end:
-                return
-            payload = bytes(self._bytes[_HEADER.size : end])
-            del self._bytes[:end]
-            yield _unpack(kind, generation, payload)
+        try:
+            while (taken := take(self._bytes)) is not None:
+                yield _record(*taken)
+        except ValueError as error:
+            raise BadRecord(f"control record: {error}") from error
 
     @property
     def pending(self) -> int:
@@ -146,20 +143,31 @@ class Unpacker:
         return len(self._bytes)
 
 
-def _unpack(kind: int, generation: int, payload: bytes) -> Record:
-    if generation and kind != RecordType.REPOINT:
-        raise BadRecord(f"control record of type {kind} with generation {generation}")
-    try:
-        match kind:
-            case RecordType.START:
-                return _unpack_start(payload)
-            case RecordType.REPOINT:
-                return _unpack_repoint(generation, payload)
-            case RecordType.DRAIN:
-                return Drain(*_DRAIN.unpack(payload))
-    except (struct.error, ValueError) as error:
-        raise BadRecord(f"control record of type {kind}: {error}") from error
-    raise BadRecord(f"control record of unknown type {kind}")
+def _record(kind: int, generation: int, content: Any) -> Record:
+    if kind == RecordType.START:
+        return start(content)
+    if kind == RecordType.DRAIN:
+        return Drain(content)
+    backends, title = content
+    return Repoint(generation, tuple(map(_destination, backends)), title)
+
+
+def start(numbers: StartNumbers) -> Start:
+    """A Start from the numbers in its record. Raises ValueError where they make none."""
+    port, number, flags, hold, connect, idle, sessions, held, pipe = numbers
+    if flags & ~_FLAG_GSO:
+        raise ValueError(f"unknown flags {flags:#x}")
+    for protocol, known in _PROTOCOLS.items():
+        if number == known:
+            listener, gso = Listener(port, protocol), bool(flags & _FLAG_GSO)
+            return Start(listener, hold, connect, idle, sessions, held, pipe, gso)
+    raise ValueError(f"unknown protocol number {number}")
+
+
+def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
+    packed, port, zone, identity = backend
+    address = inet_ntop(AF_INET if len(packed) == 4 else AF_INET6, packed)
+    return Destination(f"{address}%{zone}" if zone else address, port, identity)
 
 
 _PROTOCOLS = {Protocol.TCP: 6, Protocol.UDP: 17}
@@ -180,17 +188,6 @@ def _pack_start(record: Start) -> bytes:
     )
 
 
-def _unpack_start(payload: bytes) -> Start:
-    port, number, flags, hold, connect, idle, sessions, held, pipe = _START.unpack(payload)
-    if flags & ~_FLAG_GSO:
-        raise ValueError(f"unknown flags {flags:#x}")
-    for protocol, known in _PROTOCOLS.items():
-        if number == known:
-            listener, gso = Listener(port, protocol), bool(flags & _FLAG_GSO)
-            return Start(listener, hold, connect, idle, sessions, held, pipe, gso)
-    raise ValueError(f"unknown protocol number {number}")
-
-
 def _pack_repoint(record: Repoint) -> bytes:
     if len(record.backends) > MAX_BACKENDS:
         raise ValueError(f"{len(record.backends)} backends are over {MAX_BACKENDS}")
@@ -199,40 +196,16 @@ def _pack_repoint(record: Repoint) -> bytes:
     for backend in record.backends:
         if not 1 <= backend.port <= 65535:
             raise ValueError(f"port {backend.port} is not between 1 and 65535")
-        version, packed, zone = pack_address(backend.address)
+        version, packed, zone = _pack_address(backend.address)
         fields = (version, 0, backend.port, zone, backend.identity, packed.ljust(16, b"\0"))
         parts.append(_BACKEND.pack(*fields))
     return b"".join(parts)
 
 
-def _unpack_repoint(generation: int, payload: bytes) -> Repoint:
-    count, title_length = _REPOINT.unpack_from(payload)
-    start = _REPOINT.size + title_length
-    if len(payload) != start + count * _BACKEND.size or count > MAX_BACKENDS:
-        raise ValueError(f"{count} backends in {len(payload)} bytes")
-    return Repoint(
-        generation,
-        tuple(_unpack_backend(fields) for fields in _BACKEND.iter_unpack(payload[start:])),
-        payload[_REPOINT.size : start].decode("utf-8"),
-    )
-
-
-def _unpack_backend(fields: tuple[int, int, int, int, int, bytes]) -> Destination:
-    version, flags, port, zone, identity, packed = fields
-    if version not in (4, 6) or flags:
-        raise ValueError(f"backend of family {version} with flags {flags}")
-    if version == 4 and any(packed[4:]):
-        raise ValueError("backend of family 4 with more than 4 bytes of address")
-    if not port or (zone and version == 4):
-        raise ValueError(f"backend of family {version} with port {port}, zone {zone}")
-    address = inet_ntop(AF_INET, packed[:4]) if version == 4 else inet_ntop(AF_INET6, packed)
-    return Destination(f"{address}%{zone}" if zone else address, port, identity)
-
-
-def pack_address(text: str) -> tuple[int, bytes, int]:
+def _pack_address(text: str) -> tuple[int, bytes, int]:
     """An IP literal as its version, its bytes in network order, and its zone (0 for none).
 
-    Raises ValueError. In C, as is all that a worker runs: the ipaddress module would cost each 0.2 MB.
+    Raises ValueError.
     """
     address, percent, zone = text.partition("%")
     try:

@@ -16,22 +16,17 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
-from ambassador import _datagram, _splice
-from ambassador.control import (
-    BadRecord,
-    Destination,
-    Drain,
-    Record,
-    Repoint,
-    Start,
-    Unpacker,
-    pack,
-    pack_address,
-)
+from ambassador import _datagram, _splice, control
+from ambassador._wire import take
+from ambassador.control import BadRecord, Drain, Record, RecordType, Repoint, Start, pack
 from ambassador.model import Listener, Protocol
 from ambassador.titles import set_title
+
+if TYPE_CHECKING:
+    from ambassador._wire import Backends, StartNumbers
 
 COUNTERS_BYTES = 4096
 _READ_BYTES = 65_536
@@ -46,6 +41,7 @@ EXIT_BROKEN = 70
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": 1, "backends": 2}
 _FIRST_COUNTER = 8
+_START, _DRAIN = int(RecordType.START), int(RecordType.DRAIN)
 
 
 class Handle:
@@ -157,62 +153,49 @@ Loop = _splice.TcpRelay | _datagram.UdpRelay
 def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
     """Serve one listener until told to drain or the parent is gone; the exit code.
 
-    Owns the three descriptors.
+    Owns the three descriptors. Written to run little Python: every object it touches is a page that it no
+    longer shares with the nursery.
     """
     page = mmap.mmap(counters_fd, COUNTERS_BYTES)
     os.close(counters_fd)
     try:
         return _serve(listener_fd, control_fd, page)
-    except BadRecord:
+    except ValueError:  # BadRecord is one
         return EXIT_BAD_CONTROL
-    except _ParentGone:
-        return EXIT_PARENT_GONE
-
-
-class _ParentGone(Exception):
-    """End of file on the control pipe."""
 
 
 def _serve(listener_fd: int, control_fd: int, page: mmap.mmap) -> int:
-    records = _records(control_fd)
-    start = next(records)  # the pipe still blocks: there is nothing to do before it has come
-    if not isinstance(start, Start):
-        raise BadRecord(f"{start} came before a Start")
-    os.set_blocking(control_fd, False)
-    loop = _loop(start, listener_fd, control_fd, page)
+    stream = bytearray()
+    loop: Loop | None = None  # until the first record, for which the pipe blocks
+    name, tcp = "", False
     generation = -1
-    for record in records:
-        match record:
-            case None:  # the pipe is empty: relay until there is more in it
-                if loop.run() == _splice.DRAINED:
-                    break
-            case Repoint() if record.generation > generation:
-                generation = record.generation
-                loop.repoint(generation, [_packed(backend) for backend in record.backends])
-                set_title(f"{start.listener} {record.title}")
-            case Repoint():
-                pass  # overtaken by a newer one
-            case Drain():
-                loop.drain(record.deadline_ms)
-                if start.listener.protocol is Protocol.TCP:
-                    os.close(listener_fd)  # the last copy: from now on the port refuses
-            case Start():
-                raise BadRecord("a second Start")
-    return EXIT_DRAINED
-
-
-def _records(control_fd: int) -> Iterator[Record | None]:
-    """What comes over the control pipe, and None whenever it is empty."""
-    unpacker = Unpacker()
     while True:
-        try:
+        taken = take(stream)
+        if taken is None:
+            if loop is not None and loop.run() == _splice.DRAINED:
+                return EXIT_DRAINED
             data = os.read(control_fd, _READ_BYTES)
-        except BlockingIOError:
-            yield None
+            if not data:
+                return EXIT_PARENT_GONE
+            stream += data
             continue
-        if not data:
-            raise _ParentGone
-        yield from unpacker.feed(data)
+        kind, number, content = taken
+        if (kind == _START) == (loop is not None):
+            raise BadRecord("a Start comes first, and once")
+        if loop is None:
+            start = control.start(cast("StartNumbers", content))
+            os.set_blocking(control_fd, False)
+            loop = _loop(start, listener_fd, control_fd, page)
+            name, tcp = str(start.listener), start.listener.protocol is Protocol.TCP
+        elif kind == _DRAIN:
+            loop.drain(cast("int", content))
+            if tcp:
+                os.close(listener_fd)  # the last copy: from now on the port refuses
+        elif number > generation:
+            generation = number
+            backends, title = cast("tuple[Backends, str]", content)
+            loop.repoint(generation, backends)
+            set_title(f"{name} {title}")
 
 
 def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> Loop:
@@ -235,8 +218,3 @@ def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> L
         max_sessions=start.max_sessions,
         gso=start.gso,
     )
-
-
-def _packed(backend: Destination) -> tuple[bytes, int, int, int]:
-    _, packed, zone = pack_address(backend.address)
-    return packed, backend.port, zone, backend.identity

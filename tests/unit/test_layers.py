@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ambassador"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "__init__ model titles _splice _datagram _forker",
+        "__init__ model titles _splice _datagram _forker _wire",
         "control sockets goflags logs sandbox events documents",
         "worker status reconcile inspect",
         "nursery post follower",
@@ -33,7 +33,7 @@ ONLY = {
     "__init__": frozenset[str](),
     "model": frozenset[str](),
     "titles": frozenset[str](),
-    "control": frozenset({"model"}),
+    "control": frozenset({"model", "_wire"}),
     "sockets": frozenset({"model"}),
     "goflags": frozenset({"model"}),
     "logs": frozenset({"model"}),

@@ -1,0 +1,14 @@
+"""Takes control records apart (compiled from _wire.pyx)."""
+
+from typing import Final
+
+VERSION: Final[int]
+MAX_PAYLOAD: Final[int]
+MAX_BACKENDS: Final[int]
+
+StartNumbers = tuple[int, int, int, int, int, int, int, int, int]
+Backends = list[tuple[bytes, int, int, int]]
+
+def take(
+    stream: bytearray,
+) -> tuple[int, int, StartNumbers | tuple[Backends, str] | int] | None: ...
