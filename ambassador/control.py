@@ -27,11 +27,12 @@ from collections.abc import Iterator
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ambassador._wire import MAX_BACKENDS as MAX_BACKENDS
-from ambassador._wire import MAX_PAYLOAD as MAX_PAYLOAD
-from ambassador._wire import VERSION as VERSION
-from ambassador._wire import take
+from ambassador import _wire
 from ambassador.model import Listener, Protocol
+
+VERSION = _wire.VERSION
+MAX_PAYLOAD = _wire.MAX_PAYLOAD
+MAX_BACKENDS = _wire.MAX_BACKENDS
 
 _HEADER = struct.Struct("<BBHIQ")
 _START = struct.Struct("<HBBIIIIII")
@@ -132,7 +133,7 @@ class Unpacker:
         """Yield each record that `data` completes. Raises BadRecord; then the stream is unusable."""
         self._bytes += data
         try:
-            while (taken := take(self._bytes)) is not None:
+            while (taken := _wire.take(self._bytes)) is not None:
                 yield _record(*taken)
         except ValueError as error:
             raise BadRecord(f"control record: {error}") from error
