@@ -12,8 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ambassador.model import Backend, DesiredState, Listener, Route, TargetState
+
+
+MAX_LISTENERS = 1024
+"""Each is a process and four descriptors of the parent: a range exposed by mistake must not take all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,12 @@ def desire(targets: Sequence[TargetState]) -> DesiredState:
                 )
             else:
                 routes[listener] = Route(listener, target.target, _backends(target, listener))
+    if len(routes) > MAX_LISTENERS:
+        problems.append(
+            f"{len(routes)} ports are exposed, {MAX_LISTENERS} are relayed: each takes a process; "
+            f"expose fewer, or run an ambassador for each target"
+        )
+        routes = dict(islice(routes.items(), MAX_LISTENERS))
     return DesiredState(routes, tuple(problems))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ambassador.model import Backend, Listener, Protocol, Route, TargetState
-from ambassador.reconcile import Repoint, Start, Stop, desire, plan
+from ambassador.reconcile import MAX_LISTENERS, Repoint, Start, Stop, desire, plan
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 REDIS, DNS, DNS_TCP = Listener(6379, TCP), Listener(53, UDP), Listener(53, TCP)
@@ -49,6 +49,15 @@ def test_a_clash_goes_to_the_one_named_first_and_names_both(order: tuple[str, st
 def test_a_clash_is_settled_the_same_way_while_the_first_is_away() -> None:
     desired = desire([target("a", REDIS, address=None), target("b", REDIS)])
     assert desired.routes[REDIS] == Route(REDIS, "a", ())
+
+
+def test_a_range_exposed_by_mistake_does_not_take_every_process() -> None:
+    first = target("a", *(Listener(port, TCP) for port in range(1, 1001)))
+    desired = desire([first, target("b", *(Listener(port, TCP) for port in range(2000, 65536)))])
+    assert len(desired.routes) == MAX_LISTENERS
+    assert set(first.exposed) <= set(desired.routes), "the target named first has its ports first"
+    (problem,) = desired.problems
+    assert "64536 ports are exposed, 1024 are relayed" in problem
 
 
 def test_a_restart_at_the_same_address_is_another_backend() -> None:
