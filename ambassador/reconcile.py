@@ -16,7 +16,6 @@ from itertools import islice
 
 from ambassador.model import Backend, DesiredState, Listener, Route, TargetState
 
-
 MAX_LISTENERS = 1024
 """Each is a process and four descriptors of the parent: a range exposed by mistake must not take all."""
 
