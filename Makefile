@@ -1,0 +1,66 @@
+# Everything a developer types. A line with two # signs is what `make help` shows.
+# .py files need nothing after an edit; .pyx and .pxd files need `make build`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOOPS := $(wildcard ambassador/*.pyx)
+LOOP_SOURCES := $(LOOPS) $(wildcard ambassador/*.pxd)
+
+# Programs that tests run beside the Engine, each with the Debian package that brings it.
+TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=redis-tools \
+	dnsmasq=dnsmasq-base
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test lint image clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(VENV)/built ## Create .venv and compile the relay loops (does nothing when up to date)
+
+demo: ## Watch clients talk to redis and dnsmasq while these are restarted with new addresses
+	@scripts/toolchain.sh $(PYTHON)
+	@$(PYTHON) scripts/demo.py
+
+test: build ## Run every test, starting an Engine for those that need one (ARGS='-k name' for some)
+	@$(PYTHON) scripts/debian.py need $(TEST_PROGRAMS) || true
+	@# Where no Engine can be had the Docker tests fail, each with the reason; the others still run.
+	@$(PYTHON) scripts/images.py || true
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: build ## Check style and types, and that the C compiler has nothing to say
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH=$(BIN):$$PATH cython-lint --max-line-length=110 $(LOOP_SOURCES)
+	@echo "building with -Werror"
+	@rm -rf build/lint
+	@CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --build-lib build/lint --build-temp build/lint
+
+image: ## Build the image, tagged grand-ambassador
+	@scripts/toolchain.sh $(PYTHON)
+	@$(PYTHON) scripts/images.py ambassador
+
+clean: ## Stop the private Engine and remove everything that was made
+	@! command -v $(PYTHON) > /dev/null || $(PYTHON) scripts/images.py remove
+	@! command -v $(PYTHON) > /dev/null || $(PYTHON) scripts/engine.py down
+	rm -rf $(VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -f ambassador/*.so $(LOOPS:.pyx=.c) certs/host-*.crt
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Without build isolation: the tools are in .venv anyway, and a rebuild then needs no network.
+$(VENV)/installed: pyproject.toml setup.py
+	@scripts/toolchain.sh $(PYTHON) compiler
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing the package and its development tools"
+	@$(BIN)/pip install -qq --disable-pip-version-check 'setuptools>=77' 'cython>=3.1'
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(LOOP_SOURCES)
+	@echo "compiling the relay loops"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@

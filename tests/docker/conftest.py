@@ -1,0 +1,33 @@
+"""Fixtures of the Docker tests: the Engine and the images once, a stage for each test.
+
+Where no Engine can be had every test here fails with the reason in one line. It is never skipped: a
+green run means that the ambassador was seen to work with Docker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.docker.engine import Engine, Stage, make_images, start_engine
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """An Engine that answers and has every image."""
+    try:
+        host = start_engine()
+        make_images()
+    except RuntimeError as error:
+        pytest.fail(f"Docker tests cannot run: {error}", pytrace=False)
+    found = Engine(host)
+    found.remove_abandoned()
+    return found
+
+
+@pytest.fixture
+def stage(engine: Engine) -> Iterator[Stage]:
+    """A corner of the Engine for one test; everything on it is removed afterwards."""
+    with Stage(engine) as one:
+        yield one

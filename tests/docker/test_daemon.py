@@ -1,0 +1,111 @@
+"""The Docker daemon goes and comes; the ambassador runs on the host, beside a daemon of its own.
+
+Fault rows D1, D2.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.docker.engine import Engine, HostAmbassador, Stage, wait_for
+from tests.docker.own_engine import ADMIN_PATH, OwnEngine
+from tests.docker.peers import (
+    PATIENCE_S,
+    Caller,
+    Conversation,
+    free_port,
+    greet,
+    lines_with,
+    run_server,
+    wait_until_accepts,
+)
+
+HERE = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def own(engine: Engine) -> Iterator[OwnEngine]:
+    """A daemon that has the demo image. It runs before each test and after."""
+    if os.geteuid() != 0 or shutil.which("dockerd", path=ADMIN_PATH) is None:
+        pytest.skip("a daemon to kill needs root and dockerd")
+    own = OwnEngine()
+    try:
+        own.start()
+        own.load_image(engine)
+        yield own
+    finally:
+        own.remove()
+
+
+def test_daemon_killed(own: OwnEngine) -> None:
+    """D1: relaying goes on, and within 2 s of the daemon's return what changed meanwhile is known."""
+    port, mortal_port = free_port(), free_port()
+    with Stage(own.engine) as stage:
+        db = run_server(stage, "db", f"{port}/tcp", f"{port}/udp")
+        mortal = run_server(stage, "mortal", f"{mortal_port}/tcp")
+        ambassador = stage.run_ambassador_on_host("-name", db.name, "-name", mortal.name)
+        wait_until_accepts(HERE, port)
+        wait_until_accepts(HERE, mortal_port)
+        mortal_pid = int(mortal.inspect()["State"]["Pid"])
+
+        with Conversation(HERE, port) as old, Caller(HERE, port) as caller:
+            old.greeting()
+            wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+            own.kill()
+            ambassador.wait_for_line("cannot ask Docker: going on with what is known")
+            assert old.ask(b"still here") == b"still here"
+            assert greet(HERE, port) == "db"
+            answer = caller.ask(b"and now?")
+            assert answer is not None
+            assert answer.data == b"db and now?"
+            os.kill(mortal_pid, signal.SIGKILL)
+
+            own.start()
+            back = time.monotonic()
+            ambassador.wait_for_line(f"no backend, holding new connections.*{mortal.name}")
+            ambassador.wait_for_line("connected to Docker again")
+            assert time.monotonic() - back < 2
+            assert old.ask(b"as before") == b"as before"
+            assert caller.ask(b"as ever") == (b"db as ever", HERE)
+        assert len(lines_with(ambassador, "cannot ask Docker")) == 1
+        assert lines_with(ambassador, "repointed") == [], "nothing changed for db"
+
+        with Conversation(HERE, mortal_port) as held:
+            mortal.start()  # and what it says is heard again
+            assert held.greeting()[0] == "mortal"
+
+
+def test_daemon_absent_at_start(own: OwnEngine) -> None:
+    """D2: it waits, says so in one line, and picks up when the daemon comes."""
+    port = free_port()
+    own.stop()
+    ambassador = HostAmbassador(["-sock", str(own.socket), "-name", "gat-db"], {})
+    try:
+        line = ambassador.wait_for_line("cannot ask Docker")
+        assert f"there is no socket {own.socket}" in line
+        assert "docker run -v" in line
+        own.start()
+        back = time.monotonic()
+        ambassador.wait_for_line("connected to Docker again")
+        ambassador.wait_for_line("there is no such container: waiting for it.*gat-db")
+        assert time.monotonic() - back < 2
+        assert len(lines_with(ambassador, "cannot ask Docker")) == 1
+        with Stage(own.engine) as stage:
+            db = run_server(stage, "db", f"{port}/tcp")
+            db.container.rename("gat-db")
+            wait_until_accepts(HERE, port)
+            assert greet(HERE, port) == "db"
+            db.remove()
+        assert ambassador.stop() == 0
+    finally:
+        if ambassador.process.poll() is None:
+            ambassador.process.kill()
+            ambassador.process.wait()
+        if not own.socket.exists():
+            own.start()

@@ -1,0 +1,233 @@
+"""What every relay test needs: a nursery, workers around the compiled loops, and waiting with a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ambassador import sockets
+from ambassador.control import Destination, Repoint, Start
+from ambassador.model import Listener, Protocol
+from ambassador.nursery import Exited, Forked, Nursery
+from ambassador.worker import Handle
+
+PATIENCE_S = 20.0
+"""No single step takes longer than this, however busy the machine is."""
+
+# Below the range that the kernel gives to connecting sockets, and elsewhere in every run.
+_ports = itertools.count(random.SystemRandom().randrange(12_000, 30_000))
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Poll until it holds. Fails with `what` when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"after {timeout_s} s: {what}"
+        time.sleep(0.002)
+
+
+def process_state(pid: int) -> str:
+    """The letter of /proc/PID/stat: R, S, T, Z ..., or "" when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_gone(pid: int) -> bool:
+    return process_state(pid) in {"", "Z", "X"}
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """While in here, the process is stopped (SIGSTOP)."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: process_state(pid) == "T", f"process {pid} does not stop")
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def bind_free(protocol: Protocol, *, gro: bool = True) -> tuple[Listener, socket.socket]:
+    """A listening socket as the parent makes it, on a port that nobody has."""
+    for _ in range(100):
+        listener = Listener(12_000 + next(_ports) % 20_000, protocol)
+        with contextlib.suppress(OSError):
+            return listener, sockets.bind(listener, gro=gro)
+    raise AssertionError("no free port in a hundred")
+
+
+class Yard:
+    """The nursery and the exits it told of."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self.nursery = nursery
+        self._forked: list[Forked] = []
+        self._exits: dict[int, int] = {}
+
+    def fork(self, descriptors: tuple[int, int, int]) -> Forked:
+        self.nursery.request(descriptors)
+        self._listen(lambda: self._forked, "the nursery forks no worker")
+        forked = self._forked.pop()
+        assert forked.pid > 0, f"the nursery could not fork: {os.strerror(-forked.pid)}"
+        return forked
+
+    def exit_code(self, pid: int, timeout_s: float = PATIENCE_S) -> int:
+        """Wait for the worker's end: its exit code, or the negative number of a signal."""
+        self._listen(lambda: pid in self._exits, f"worker {pid} does not end", timeout_s)
+        return os.waitstatus_to_exitcode(self._exits[pid])
+
+    def has_exited(self, pid: int) -> bool:
+        self._take()
+        return pid in self._exits
+
+    def close(self) -> None:
+        self.nursery.close()
+        wait_until(lambda: is_gone(self.nursery.pid), "the nursery does not end")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.nursery.pid, 0)
+
+    def _take(self) -> None:
+        while (message := self.nursery.receive()) is not None:
+            match message:
+                case Forked():
+                    self._forked.append(message)
+                case Exited():
+                    self._exits[message.pid] = message.status
+
+    def _listen(
+        self, condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        self._take()
+        while not condition():
+            left = deadline - time.monotonic()
+            assert left > 0, f"after {timeout_s} s: {what}"
+            select.select([self.nursery], [], [], left)
+            self._take()
+
+
+class Worker:
+    """A running worker, from outside: its port, its counters, its handle."""
+
+    def __init__(
+        self,
+        yard: Yard,
+        protocol: Protocol,
+        *destinations: Destination,
+        gro: bool = True,
+        takes_over: Worker | None = None,
+        **limits: Any,  # whatever Start takes
+    ) -> None:
+        """`takes_over` is a dead worker whose listening socket this one gets."""
+        self.yard = yard
+        self.handle: Handle
+        self.protocol = protocol
+        self.generation = 1
+        if takes_over is None:
+            listener, self.listener = bind_free(protocol, gro=gro)
+        else:
+            listener, self.listener = takes_over.handle.listener, takes_over.listener.dup()
+        self.port = listener.port
+        self.handle = Handle(Start(listener, **limits), Repoint(1, destinations, "test"))
+        forked = yard.fork(self.handle.lend(self.listener.fileno()))
+        self.handle.born(forked.pid, forked.pidfd)
+        self.pid = forked.pid
+        self.wait_for(generation=1)
+
+    def repoint(self, *destinations: Destination) -> None:
+        """Tell it the new list, and wait until it is in force."""
+        self.tell(*destinations)
+        self.wait_for(generation=self.generation)
+
+    def tell(self, *destinations: Destination) -> None:
+        self.generation += 1
+        self.handle.repoint(Repoint(self.generation, destinations, "test"))
+
+    def counters(self) -> Mapping[str, int]:
+        return self.handle.counters()
+
+    def counter(self, name: str) -> int:
+        return self.handle.counters()[name]
+
+    def wait_for(self, timeout_s: float = PATIENCE_S, **wanted: int) -> None:
+        """Until the counters have these values."""
+
+        def reached() -> bool:
+            counters = self.counters()
+            return all(counters[name] == value for name, value in wanted.items())
+
+        try:
+            wait_until(reached, "", timeout_s)
+        except AssertionError:
+            state = "has ended" if self.yard.has_exited(self.pid) else process_state(self.pid)
+            counters = {name: value for name, value in self.counters().items() if value}
+            raise AssertionError(f"worker ({state}) never had {wanted}: {counters}") from None
+
+    def descriptors(self) -> dict[int, str]:
+        """What it has open, by number: the targets of /proc/PID/fd."""
+        found = {}
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                found[int(entry.name)] = str(entry.readlink())
+        return found
+
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        return stopped(self.pid)
+
+    def kill(self) -> None:
+        self.handle.kill()
+        self.yard.exit_code(self.pid)
+
+    def close(self) -> None:
+        """End it. Fails if it had ended by itself in a way that no test asks for."""
+        if not self.yard.has_exited(self.pid):
+            self.kill()
+        self.handle.close()
+        self.listener.close()
+
+
+def check_tcp_counters(worker: Worker) -> None:
+    """Invariant 3: nothing is lost silently. For a moment when nothing moves."""
+    # A peer has the bytes before the loop has counted them: hence the patience.
+    _settle(worker, _tcp_balances)
+
+
+def _tcp_balances(now: Mapping[str, int]) -> bool:
+    if now["accepted"] != now["closed"] + now["reset"] + now["rejected"] + now["active"]:
+        return False
+    for source, destination in (("client", "backend"), ("backend", "client")):
+        kept = now[f"received_from_{source}"]
+        kept -= now[f"sent_to_{destination}"] + now[f"discarded_to_{destination}"]
+        if kept < 0 or (kept and not now["active"]):
+            return False
+    return True
+
+
+def check_udp_counters(worker: Worker) -> None:
+    """Invariant 3 for datagrams: each that was received was sent, is queued, or is counted as lost."""
+    _settle(worker, _udp_balances)
+
+
+def _udp_balances(now: Mapping[str, int]) -> bool:
+    went = sum(count for name, count in now.items() if name.startswith("dropped_"))
+    went += now["sent_to_backend"] + now["sent_to_client"] + now["queued"]
+    return now["received_from_client"] + now["received_from_backend"] == went
+
+
+def _settle(worker: Worker, balances: Callable[[Mapping[str, int]], bool]) -> None:
+    try:
+        wait_until(lambda: balances(worker.counters()), "", 2)
+    except AssertionError:
+        raise AssertionError(f"the counters do not add up: {worker.counters()}") from None

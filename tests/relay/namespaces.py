@@ -1,0 +1,106 @@
+"""Network namespaces with real links between them, and sockets that live in one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import random
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000
+_numbers = itertools.count(random.SystemRandom().randrange(1, 60_000))
+
+
+def ip(*arguments: str) -> None:
+    """Run ip(8); what it says on standard error is the failure."""
+    done = subprocess.run(
+        ["ip", *arguments], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr.strip()}"
+
+
+class Namespace:
+    """A namespace that is linked to ours by a pair of virtual interfaces.
+
+    `ours4` and `ours6` are addresses on this end of the link, `theirs4` and `theirs6` on the other.
+    """
+
+    def __init__(self, number: int, mtu: int) -> None:
+        self.name = f"ga-{os.getpid()}-{number}"
+        self.ours, self.theirs = f"gao{number}", f"gat{number}"
+        # 198.18.0.0/15 is set aside for such tests (RFC 2544): nobody's real network.
+        self.net4 = f"198.{18 + number // 256 % 2}.{number % 256}"
+        self.net6 = f"fd6a:{number // 65536:x}:{number % 65536:x}:1:"
+        self.ours4, self.theirs4 = f"{self.net4}.1", f"{self.net4}.2"
+        self.ours6, self.theirs6 = f"{self.net6}:1", f"{self.net6}:2"
+        self.mtu = mtu
+
+    def make(self) -> None:
+        ip("netns", "add", self.name)
+        ip("link", "add", self.ours, "type", "veth", "peer", self.theirs, "netns", self.name)
+        self._raise([], self.ours, self.ours4, self.ours6)
+        self._raise(["-n", self.name], self.theirs, self.theirs4, self.theirs6)
+        ip("-n", self.name, "link", "set", "lo", "up")
+
+    def _raise(self, where: list[str], link: str, *addresses: str) -> None:
+        ip(*where, "link", "set", link, "mtu", str(self.mtu), "up")
+        for address in addresses:
+            self._add(where, link, address)
+
+    def _add(self, where: list[str], link: str, address: str) -> None:
+        if ":" in address:  # nodad: usable at once, not after a second of looking for duplicates
+            ip(*where, "address", "add", f"{address}/64", "dev", link, "nodad")
+        else:
+            ip(*where, "address", "add", f"{address}/24", "dev", link)
+
+    def add_ours(self, address: str) -> str:
+        """One more address on our end."""
+        self._add([], self.ours, address)
+        return address
+
+    def remove(self) -> None:
+        ip("netns", "delete", self.name)
+        with contextlib.suppress(AssertionError):  # gone with its peer, usually
+            ip("link", "delete", self.ours)
+
+    def socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+        """A socket in there: it belongs to the namespace of the thread that makes it."""
+
+        def make() -> socket.socket:
+            with Path("/run/netns", self.name).open() as namespace:
+                libc = ctypes.CDLL(None, use_errno=True)
+                if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            return socket.socket(family, kind)
+
+        with ThreadPoolExecutor(1) as thread:  # which ends with its namespace
+            return thread.submit(make).result()
+
+    def black_hole4(self) -> str:
+        return self._black_hole(f"{self.net4}.66")
+
+    def black_hole6(self) -> str:
+        return self._black_hole(f"{self.net6}:66")
+
+    def _black_hole(self, address: str) -> str:
+        """An address behind the link whose hardware address nobody has: packets just vanish."""
+        neighbour = ("lladdr", "02:00:00:00:00:66", "nud", "permanent", "dev", self.ours)
+        ip("neighbour", "add", address, *neighbour)
+        return address
+
+
+@contextlib.contextmanager
+def linked(mtu: int = 1500) -> Iterator[Namespace]:
+    """A namespace with a link to ours; both are gone afterwards."""
+    namespace = Namespace(next(_numbers), mtu)
+    try:
+        namespace.make()
+        yield namespace
+    finally:
+        namespace.remove()

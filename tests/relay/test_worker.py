@@ -1,0 +1,424 @@
+"""The worker as a process: its end, its parent's end, its control pipe, its descriptors, its rest."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ambassador import sockets
+from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
+from ambassador.model import Protocol
+from ambassador.nursery import Nursery
+from ambassador.worker import COUNTERS_BYTES, EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
+
+from .conftest import Start as StartWorker
+from .harness import Worker, Yard, bind_free, is_gone, stopped, wait_until
+from .peers import (
+    Peers,
+    destination,
+    fill,
+    read_exactly,
+    read_to_end,
+    read_to_reset,
+)
+
+# ------------------------------------------------------------------------------------------------ death
+
+
+def test_killed_under_load(start_tcp: StartWorker, peers: Peers, loopback: str) -> None:
+    """W1: SIGKILL with bytes in flight both ways: a reset for both sides, never a clean end."""
+    server = peers.server(loopback)
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server, loopback)
+    sent = fill(client), fill(backend)
+    worker.kill()
+    assert len(read_to_reset(backend)) < sent[0]
+    assert len(read_to_reset(client)) < sent[1]
+
+
+def test_killed_at_rest(start_tcp: StartWorker, peers: Peers, loopback: str) -> None:
+    """W1: SIGKILL while nothing moves, after a message or before any: a reset for both sides."""
+    server = peers.server(loopback)
+    worker = start_tcp(destination(server))
+    pairs = [peers.pair(worker, server, loopback) for _ in range(3)]
+    for client, backend in pairs[1:]:
+        client.sendall(b"x")
+        assert read_exactly(backend, 1) == b"x"
+    worker.kill()
+    for client, backend in pairs:
+        assert read_to_reset(client) == b""
+        assert read_to_reset(backend) == b""
+
+
+@pytest.mark.parametrize("ended", ["client", "backend"])
+def test_killed_when_half_closed(
+    start_tcp: StartWorker, peers: Peers, loopback: str, ended: str
+) -> None:
+    """W1: SIGKILL after one side's end of file: the side that still reads sees a reset."""
+    server = peers.server(loopback)
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server, loopback)
+    reading, sending = (client, backend) if ended == "client" else (backend, client)
+    reading.shutdown(socket.SHUT_WR)
+    assert read_to_end(sending) == b""
+    sent = fill(sending)
+    worker.kill()
+    assert len(read_to_reset(reading)) < sent
+
+
+def test_killed_while_holding(start_tcp: StartWorker, peers: Peers) -> None:
+    """W1: SIGKILL with held connections: resets. The backlog survives, the port is never refused."""
+    server = peers.server()
+    worker = start_tcp()
+    held = peers.connect(worker)
+    worker.wait_for(held=1)
+    worker.kill()
+    assert read_to_reset(held) == b""
+    queued = peers.connect(worker)  # nobody accepts it now, and nobody refuses it
+    queued.sendall(b"for the next worker")
+    replacement = Worker(worker.yard, Protocol.TCP, destination(server), takes_over=worker)
+    backend = peers.accept(server)
+    assert read_exactly(backend, 19) == b"for the next worker"
+    replacement.close()
+
+
+def test_descriptors_are_exactly_those_allowed(start: Callable[..., Worker], peers: Peers) -> None:
+    """W7: standard streams, listener, control pipe, counters, epoll: nothing else."""
+    server = peers.server()
+    for protocol in Protocol:
+        workers = [start(protocol, destination(server)) for _ in range(3)]
+        for worker in workers:
+            found = worker.descriptors()
+            assert sorted(found) == [0, 1, 2, 3, 4, 5, 6], found
+            assert found[0] == found[1] == os.devnull
+            assert found[2] == str(Path("/proc/self/fd/2").readlink())
+            assert found[3].startswith("socket:")
+            assert found[3] == str(Path(f"/proc/self/fd/{worker.listener.fileno()}").readlink())
+            assert found[4].startswith("pipe:")
+            assert sorted([found[5], found[6]]) == [
+                "/memfd:counters (deleted)",  # the mapping keeps one
+                "anon_inode:[eventpoll]",
+            ]
+
+
+def test_the_nursery_keeps_no_descriptor_of_a_worker(
+    yard: Yard,
+) -> None:
+    """W7, C13: fifty workers come and go; the nursery has as many descriptors as before."""
+
+    def count() -> int:
+        return len(list(Path(f"/proc/{yard.nursery.pid}/fd").iterdir()))
+
+    before = count()
+    for _ in range(50):
+        Worker(yard, Protocol.TCP).close()
+    wait_until(lambda: count() == before, "the nursery keeps descriptors")
+
+
+# --------------------------------------------------------------------------------------------- control
+
+
+class Bare:
+    """A worker without a Handle: the test writes its control pipe byte by byte."""
+
+    def __init__(self, yard: Yard, protocol: Protocol = Protocol.TCP) -> None:
+        self.yard = yard
+        self.listener, listening = bind_free(protocol)
+        self.start = pack(Start(self.listener))
+        counters = os.memfd_create("counters")
+        os.ftruncate(counters, COUNTERS_BYTES)
+        read, self.control = os.pipe()
+        with listening:
+            self.pid = yard.fork((listening.fileno(), read, counters)).pid
+        os.close(read)
+        self.page = mmap.mmap(counters, COUNTERS_BYTES)
+        os.close(counters)
+
+    def write(self, data: bytes) -> None:
+        os.write(self.control, data)
+
+    def serves(self) -> bool:
+        return self.page[0] != 0
+
+    def close(self) -> None:
+        os.close(self.control)
+
+    def exit_code(self) -> int:
+        return self.yard.exit_code(self.pid, 5)
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda _: b"",
+        lambda start: start[:7],
+        lambda start: start,
+        lambda start: start + pack(Repoint(1, (Destination("127.0.0.1", 1, 1),), "x")),
+        lambda start: start + pack(Repoint(1))[:-1],
+    ],
+    ids=["nothing", "half-a-start", "start", "repoint", "half-a-repoint"],
+)
+def test_end_of_file_on_the_control_pipe(
+    yard: Yard, protocol: Protocol, said: Callable[[bytes], bytes]
+) -> None:
+    """W4: the end of the control pipe is the parent's end, wherever it comes: exit at once, code 0."""
+    worker = Bare(yard, protocol)
+    worker.write(said(worker.start))
+    worker.close()
+    assert worker.exit_code() == EXIT_PARENT_GONE
+
+
+GARBAGE = {
+    "another-version": bytes([VERSION + 1]) + bytes(15),
+    "unknown-type": bytes([VERSION, 99]) + bytes(14),
+    "reserved-set": bytes([VERSION, 2, 1, 0]) + bytes(12),
+    "far-too-long": bytes([VERSION, 2, 0, 0, 255, 255, 255, 255]) + bytes(8),
+    "empty-repoint": bytes([VERSION, 2]) + bytes(14),
+    "count-without-backends": pack(Repoint(1))[:16] + b"\xff\x03\0\0",
+    "noise": random.Random(4).randbytes(4096),
+}
+
+
+@pytest.mark.parametrize("serving", [False, True], ids=["first", "serving"])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_on_the_control_pipe(yard: Yard, garbage: str, serving: bool) -> None:
+    """W4: what is no control record ends the worker with its own exit code, and is no crash."""
+    worker = Bare(yard)
+    if serving:
+        worker.write(worker.start)
+        wait_until(worker.serves, "the worker does not serve")
+    worker.write(GARBAGE[garbage])
+    assert worker.exit_code() == EXIT_BAD_CONTROL
+    worker.close()
+
+
+def test_a_repoint_before_the_start(yard: Yard) -> None:
+    """W4: a record out of turn is refused as well."""
+    worker = Bare(yard)
+    worker.write(pack(Repoint(1)))
+    assert worker.exit_code() == EXIT_BAD_CONTROL
+    worker.close()
+
+
+def test_a_second_start(yard: Yard) -> None:
+    """W4: a worker serves one listener for life."""
+    worker = Bare(yard)
+    worker.write(worker.start)
+    wait_until(worker.serves, "the worker does not serve")
+    worker.write(worker.start)
+    assert worker.exit_code() == EXIT_BAD_CONTROL
+    worker.close()
+
+
+def test_records_byte_by_byte(yard: Yard) -> None:
+    """W4: a record may arrive in any pieces."""
+    worker = Bare(yard)
+    for byte in worker.start + pack(Repoint(7, (), "slowly")) + pack(Drain(0)):
+        worker.write(bytes([byte]))
+    assert worker.exit_code() == EXIT_DRAINED
+    assert int.from_bytes(worker.page[8:16], "little") == 7
+    worker.close()
+
+
+def test_a_full_control_pipe(start_tcp: StartWorker, peers: Peers) -> None:
+    """W6: thousands of repoints for a stopped worker: the parent never blocks; the newest one wins."""
+    server, last = peers.server(), peers.server()
+    worker = start_tcp(destination(server))
+    many = tuple(Destination("192.0.2.1", 80, number) for number in range(100, 150))
+    with worker.stopped():
+        slowest = 0.0
+        for _ in range(5000):
+            begin = time.monotonic()
+            worker.tell(*many)
+            slowest = max(slowest, time.monotonic() - begin)
+        worker.tell(destination(last, 99))
+        assert slowest < 0.5, "the parent was blocked"
+        assert worker.handle.blocked_on >= 0, "the control pipe was never full"
+    while (blocked := worker.handle.blocked_on) >= 0:
+        assert select.select([], [blocked], [], 10)[1], "the worker does not read"
+        worker.handle.flush()
+    worker.wait_for(generation=worker.generation, backends=1)
+    client = peers.connect(worker)
+    client.sendall(b"x")
+    assert read_exactly(peers.accept(last), 1) == b"x"
+
+
+def test_repointing_a_dead_worker(start_tcp: StartWorker) -> None:
+    """W5, W6: a worker that is gone takes every record: its end is told by other ways."""
+    worker = start_tcp()
+    worker.kill()
+    for _ in range(1000):
+        worker.tell(Destination("192.0.2.1", 80, 1))
+    assert worker.handle.blocked_on == -1
+
+
+def test_an_older_generation_is_ignored(start_tcp: StartWorker, peers: Peers) -> None:
+    """W5: the newest generation wins, in whatever order they arrive."""
+    server, stranger = peers.server(), peers.server()
+    worker = start_tcp()
+    worker.handle.repoint(Repoint(9, (destination(server, 1),), ""))
+    worker.wait_for(generation=9)
+    worker.handle.repoint(Repoint(8, (destination(stranger, 2),), ""))
+    worker.handle.repoint(Repoint(9, (destination(stranger, 2),), ""))
+    client, backend = peers.pair(worker, server)
+    client.sendall(b"x")
+    assert read_exactly(backend, 1) == b"x"
+    assert worker.counters()["generation"] == 9
+
+
+def test_the_title_says_who_it_is(start_tcp: StartWorker) -> None:
+    """S6: the process title names listener and target, and carries nothing a terminal would obey."""
+    worker = start_tcp()
+    worker.handle.repoint(Repoint(2, (), "web \x1b[31m\n-> 10.0.0.1"))
+    worker.wait_for(generation=2)
+    expected = f"grand-ambassador: {worker.port}/tcp web ?[31m?-> 10.0.0.1".encode()
+    command = Path(f"/proc/{worker.pid}/cmdline")
+    wait_until(lambda: command.read_bytes().rstrip(b"\0") == expected, "no such title")
+
+
+# ---------------------------------------------------------------------------------------------- parent
+
+PARENT = """
+import signal, sys
+from ambassador import sockets
+from ambassador.control import Repoint, Start
+from ambassador.model import Listener, Protocol
+from ambassador.nursery import Forked, Nursery
+from ambassador.worker import Handle
+import select
+nursery = getattr(Nursery, sys.argv[1])()
+print(nursery.pid)
+for text in sys.argv[2:]:
+    protocol, port = text.split(":")
+    listener = Listener(int(port), Protocol(protocol))
+    sock = sockets.bind(listener)
+    handle = Handle(Start(listener), Repoint(1))
+    nursery.request(handle.lend(sock.fileno()))
+    select.select([nursery], [], [])
+    forked = nursery.receive()
+    handle.born(forked.pid, forked.pidfd)
+    print(forked.pid)
+sys.stdout.flush()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("made", ["fork", "launch"])
+def test_the_parent_is_killed(tools: None, made: str) -> None:
+    """P1: SIGKILL of the parent: nursery and workers are gone within a second, even a stopped one."""
+    listeners = []
+    for protocol in (Protocol.TCP, Protocol.UDP, Protocol.TCP, Protocol.UDP):
+        listener, sock = bind_free(protocol)
+        sock.close()
+        listeners.append(listener)
+    names = [f"{listener.protocol}:{listener.port}" for listener in listeners]
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, made, *names], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline()) for _ in range(1 + len(names))]
+        with stopped(pids[1]), stopped(pids[2]):
+            parent.kill()
+            begin = time.monotonic()
+            wait_until(lambda: all(map(is_gone, pids)), "orphans", 5)
+            assert time.monotonic() - begin < 1.0
+            for listener in listeners:
+                sockets.bind(listener).close()
+
+
+def test_the_nursery_is_let_go(peers: Peers) -> None:
+    """P1: when its parent closes the socket the nursery ends, and takes its workers with it."""
+    yard = Yard(Nursery.launch())
+    worker = Worker(yard, Protocol.TCP)
+    with worker.stopped():
+        yard.close()
+        wait_until(lambda: is_gone(worker.pid), "an orphan", 5)
+    worker.handle.close()
+    worker.listener.close()
+
+
+def test_the_nursery_is_killed(peers: Peers) -> None:
+    """W1: the nursery's death costs nothing: its workers go on, and end with their parent's pipe."""
+    yard = Yard(Nursery.launch())
+    server = peers.server()
+    worker = Worker(yard, Protocol.TCP, destination(server))
+    client, backend = peers.pair(worker, server)
+    os.kill(yard.nursery.pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(yard.nursery.pid), "the nursery does not die")
+    client.sendall(b"x")
+    assert read_exactly(backend, 1) == b"x"
+    peers.pair(worker, server)
+    worker.handle.close()
+    wait_until(lambda: is_gone(worker.pid), "an orphan", 5)
+    worker.listener.close()
+    yard.close()
+
+
+# ------------------------------------------------------------------------------------------------- rest
+
+
+def runs(pid: int) -> tuple[int, ...]:
+    """How often it was on a processor: every system call that waits adds to it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return tuple(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+
+def settled(pid: int) -> bool:
+    before = runs(pid)
+    time.sleep(0.05)
+    return runs(pid) == before
+
+
+def test_an_idle_worker_does_nothing(start: Callable[..., Worker], peers: Peers) -> None:
+    """Invariant 6: no system call in two seconds, with open connections and sessions."""
+    server, held = peers.server(), peers.server()
+    udp_server, udp_client = peers.udp(), peers.udp()
+    tcp = start(Protocol.TCP, destination(server))
+    udp = start(Protocol.UDP, destination(udp_server))
+    holding = start(Protocol.TCP, hold_ms=600_000)
+    peers.connect(holding)
+    holding.wait_for(held=1)
+    for number in range(12):
+        client, backend = peers.pair(tcp, server)
+        if number % 6 == 0:
+            fill(client)  # stuck: its reader does not read
+        elif number % 2:
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(backend) == b""
+    udp_client.sendto(b"ping", ("127.0.0.1", udp.port))
+    data, session = udp_server.recvfrom(100)
+    udp_server.sendto(data, session)
+    assert udp_client.recv(100) == b"ping"
+    workers = (tcp, udp, holding)
+    for worker in workers:  # back to waiting, after the last of that
+        wait_until(partial(settled, worker.pid), "the worker does not come to rest")
+    before = [runs(worker.pid) for worker in workers]
+    time.sleep(2)  # the time is what is tested
+    assert [runs(worker.pid) for worker in workers] == before
+    held.close()
+
+
+def test_starting_many(yard: Yard, peers: Peers) -> None:
+    """C13, invariant 7: thirty listeners, each with its one worker, all at once."""
+    server = peers.server()
+    workers = [Worker(yard, Protocol.TCP, destination(server, n)) for n in range(1, 31)]
+    try:
+        assert len({worker.pid for worker in workers}) == 30
+        for worker in workers:
+            peers.pair(worker, server)
+    finally:
+        for worker in workers:
+            worker.close()
