@@ -43,7 +43,6 @@ from ambassador._linux cimport (
     iovec,
     msghdr,
     open,
-    pidfd_open,
     poll,
     pollfd,
     recvmsg,
@@ -51,6 +50,17 @@ from ambassador._linux cimport (
     waitpid,
 )
 from ambassador._linux cimport kill as send_signal
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* glibc 2.36 names it, musl does not. */
+    static int ambassador_pidfd_open(int pid, unsigned int flags) {
+        return (int) syscall(SYS_pidfd_open, pid, flags);
+    }
+    """
+    int pidfd_open "ambassador_pidfd_open" (int pid, unsigned int flags) nogil
 
 cdef enum:
     LENT = 3  # descriptors of a worker

@@ -35,17 +35,6 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int poll(pollfd *watched, unsigned long count, int timeout)
 
-cdef extern from *:
-    """
-    #include <sys/syscall.h>
-    #include <unistd.h>
-    /* glibc 2.36 names it, musl does not. */
-    static int ambassador_pidfd_open(int pid, unsigned int flags) {
-        return (int) syscall(SYS_pidfd_open, pid, flags);
-    }
-    """
-    int pidfd_open "ambassador_pidfd_open" (int pid, unsigned int flags) nogil
-
 cdef extern from "<fcntl.h>" nogil:
     enum:
         O_NONBLOCK, O_CLOEXEC, O_RDWR, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
@@ -58,7 +47,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
         EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
-        EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET
+        EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET, EPOLLEXCLUSIVE
     ctypedef union epoll_data_t:
         uint64_t u64
     struct epoll_event:

@@ -65,9 +65,9 @@ from ambassador._linux cimport (
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD,
     EPOLLERR,
     EPOLLET,
+    EPOLLEXCLUSIVE,
     EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
@@ -726,23 +726,26 @@ cdef void connection_event(relay_t *relay, connection_t *connection, int side, u
 # ------------------------------------------------------------------------------------------------ loop
 
 
+cdef int listener_watch(relay_t *relay) noexcept nogil:
+    """Be told of connections, one of several workers at a time (EPOLLEXCLUSIVE, which allows no MOD)."""
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLEXCLUSIVE
+    event.data.u64 = EVENT_LISTENER
+    return epoll_ctl(relay.epoll, EPOLL_CTL_ADD, relay.listener, &event)
+
+
 cdef void accept_pause(relay_t *relay) noexcept nogil:
     """Descriptors or memory are gone: leave the backlog to the kernel for a while, never spin."""
-    cdef epoll_event event
     if relay.draining or relay.accept_at:
         return
-    event.events = 0
-    event.data.u64 = EVENT_LISTENER
-    epoll_ctl(relay.epoll, EPOLL_CTL_MOD, relay.listener, &event)
+    epoll_ctl(relay.epoll, EPOLL_CTL_DEL, relay.listener, NULL)
     relay.accept_at = relay.now + ACCEPT_PAUSE_MS
 
 
 cdef void accept_resume(relay_t *relay) noexcept nogil:
-    cdef epoll_event event
     relay.accept_at = 0
-    event.events = EPOLLIN
-    event.data.u64 = EVENT_LISTENER
-    epoll_ctl(relay.epoll, EPOLL_CTL_MOD, relay.listener, &event)
+    if listener_watch(relay) < 0:  # epoll needs memory too
+        relay.accept_at = relay.now + ACCEPT_PAUSE_MS
 
 
 cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
@@ -959,8 +962,7 @@ cdef class TcpRelay:
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.relay.epoll < 0:
             raise OSError(errno, "epoll_create1")
-        event.events, event.data.u64 = EPOLLIN, EVENT_LISTENER
-        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, listener, &event) < 0:
+        if listener_watch(&self.relay) < 0:
             raise OSError(errno, "epoll_ctl of the listener")
         event.events, event.data.u64 = EPOLLIN, EVENT_CONTROL
         if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, control, &event) < 0:

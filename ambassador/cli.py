@@ -71,6 +71,7 @@ def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
     limits = Limits(
         hold_ms=options.hold_ms,
         drain_ms=options.drain_ms,
+        workers=options.workers,
         max_sessions=max(1, min(MAX_SESSIONS, descriptors - SPARE_DESCRIPTORS)),
     )
     try:

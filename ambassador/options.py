@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,9 @@ from ambassador.model import Backend, Listener, Protocol, Route
 DEFAULT_SOCKET = "/var/run/docker.sock"
 MAX_DURATION_MS = 1000 * 3_600_000
 """1000 h. Control records carry milliseconds in 32 bits, which end at 1193 h."""
+
+MAX_WORKERS = 64
+"""For each listener. More than cores is of no use."""
 
 LOG_LEVELS = {
     "debug": "debug",
@@ -122,6 +126,7 @@ class Options:
     network: str = ""
     hold_ms: int = 10_000
     drain_ms: int = 500
+    workers: int = 1
     log_level: str = "info"
     wait: bool = True
     warnings: tuple[str, ...] = ()
@@ -139,6 +144,14 @@ def _parse_milliseconds(text: str) -> int:
     if milliseconds > MAX_DURATION_MS:
         raise ValueError("it is too long; write 1000h or less")
     return milliseconds
+
+
+def _parse_workers(text: str) -> int:
+    if text == "auto":
+        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= MAX_WORKERS):
+        raise ValueError(f"write a number from 1 to {MAX_WORKERS}, or auto")
+    return int(text)
 
 
 def _parse_level(text: str) -> str:
@@ -179,6 +192,9 @@ DRAIN = Flag(
     "how long SIGTERM lets open connections finish",
     "500ms",
 )
+WORKERS = Flag(
+    "workers", _parse_workers, 1, "N", "processes for each port, or auto: one to a core", "1"
+)
 LOG_LEVEL = Flag(
     "log-level", _parse_level, "info", "LEVEL", "debug, info, warn, error, fatal or panic", "info"
 )
@@ -186,7 +202,7 @@ VERSION = Flag("version", parse_bool, False, "", "print the version")
 # Undefined in the table that is parsed, so that goflags treats them as Go does; shown in the usage.
 _HELP: Flag[bool] = Flag("help", parse_bool, False, "", "print this text")
 
-RELAY_FLAGS: tuple[Flag[Any], ...] = (HOLD, DRAIN, LOG_LEVEL, VERSION)
+RELAY_FLAGS: tuple[Flag[Any], ...] = (HOLD, DRAIN, WORKERS, LOG_LEVEL, VERSION)
 FOLLOW_FLAGS: tuple[Flag[Any], ...] = (
     *RELAY_FLAGS,
     NAME,
@@ -279,6 +295,7 @@ def _follow(arguments: Sequence[str], environment: Mapping[str, str]) -> Options
         network=parsed.get(NETWORK),
         hold_ms=parsed.get(HOLD),
         drain_ms=parsed.get(DRAIN),
+        workers=parsed.get(WORKERS),
         log_level=parsed.get(LOG_LEVEL),
         wait=parsed.get(WAIT),
         warnings=tuple(warnings),
@@ -307,6 +324,7 @@ def _relay(arguments: Sequence[str]) -> Options:
         routes=parse_routes(parsed.rest),
         hold_ms=parsed.get(HOLD),
         drain_ms=parsed.get(DRAIN),
+        workers=parsed.get(WORKERS),
         log_level=parsed.get(LOG_LEVEL),
     )
 

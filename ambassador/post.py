@@ -1,19 +1,23 @@
 """A post: one listener's place in the parent, for as long as somebody exposes the port.
 
-It keeps what must outlive any one worker: the bound socket, the route, the generation, and the numbers
-that tell one run of a container from another. Policy (when to fork, when to give up) is the supervisor's.
+It keeps what must outlive any one worker: the bound sockets, the route, the generation, and the numbers
+that tell one run of a container from another. Its seats are the places of its workers: one, or more with
+`-workers`. Policy (when to fork, when to give up) is the supervisor's.
 
 Invariants:
 
 - `generation` rises with every change of the list of backends, and never falls.
 - An identity stands for one backend value (address, port, container run) for the life of the post, and
   is never given to another: a worker that hears a new identity knows that the old connections are dead.
+- Every worker of a post has the same list of backends. TCP workers accept from one socket; UDP workers
+  have one each, in a SO_REUSEPORT group, so that the kernel keeps a client on its worker.
 """
 
 from __future__ import annotations
 
 import socket
 
+from ambassador import sockets
 from ambassador.control import Destination, Repoint, Start
 from ambassador.model import Backend, Listener, Route
 from ambassador.worker import Handle
@@ -25,46 +29,17 @@ RESTART_FIRST_S = 0.1
 RESTART_LAST_S = 10.0
 
 
-class Post:
-    """Owns the listening socket (`socket`, None until it could be bound) and the worker's handle."""
+class Seat:
+    """The place of one worker: `worker` while there is one, else `due`, the moment for the next."""
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        self.generation = 0
-        self.socket: socket.socket | None = None
+    def __init__(self) -> None:
         self.worker: Handle | None = None
         self.due: float | None = 0.0
         self.born = 0.0
-        self.bind_error = ""
         self._failures = 0
-        self._identities: dict[Backend, int] = {}
-        self._next_identity = 1
-        self.repoint(route)
 
-    @property
-    def listener(self) -> Listener:
-        return self.route.listener
-
-    def repoint(self, route: Route) -> None:
-        """A new route; the worker, if there is one, hears of it at once."""
-        self.route = route
-        self.generation += 1
-        known = self._identities
-        self._identities = {}
-        for backend in route.backends:
-            if backend in known:
-                self._identities[backend] = known[backend]
-            else:
-                self._identities[backend] = self._next_identity
-                self._next_identity += 1
-        if self.worker is not None:
-            self.worker.repoint(self._record())
-
-    def hire(self, start: Start) -> Handle:
-        """A handle for a new worker, told all it needs; the caller has it forked."""
-        self.worker = Handle(start, self._record())
-        self.due = None
-        return self.worker
+    def take(self, worker: Handle, now: float) -> None:
+        self.worker, self.due, self.born = worker, None, now
 
     def lose(self, now: float) -> float:
         """The worker is gone: seconds to wait before the next (0 unless they keep dying)."""
@@ -78,11 +53,72 @@ class Post:
         self.due = now + delay
         return delay
 
+
+class Post:
+    """Owns the listening sockets and its workers' handles."""
+
+    def __init__(self, route: Route, workers: int = 1) -> None:
+        self.route = route
+        self.generation = 0
+        self.seats = [Seat() for _ in range(workers)]
+        self.bind_at = 0.0
+        self.bind_error = ""
+        self._sockets: list[socket.socket] = []
+        self._identities: dict[Backend, int] = {}
+        self._next_identity = 1
+        self.repoint(route)
+
+    @property
+    def listener(self) -> Listener:
+        return self.route.listener
+
+    @property
+    def workers(self) -> list[Handle]:
+        return [seat.worker for seat in self.seats if seat.worker is not None]
+
+    def seat_of(self, worker: Handle) -> Seat:
+        return next(seat for seat in self.seats if seat.worker is worker)
+
+    def repoint(self, route: Route) -> None:
+        """A new route; the workers hear of it at once."""
+        self.route = route
+        self.generation += 1
+        known = self._identities
+        self._identities = {}
+        for backend in route.backends:
+            if backend in known:
+                self._identities[backend] = known[backend]
+            else:
+                self._identities[backend] = self._next_identity
+                self._next_identity += 1
+        for worker in self.workers:
+            worker.repoint(self._record())
+
+    # -- the port
+
+    @property
+    def bound(self) -> bool:
+        return bool(self._sockets)
+
+    def bind(self) -> None:
+        """Take the port. Raises OSError, as sockets.bind_group does."""
+        self._sockets = sockets.bind_group(self.listener, len(self.seats))
+
     def close(self) -> None:
-        """Give up the port. The worker, if any, is the caller's to end."""
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
+        """Give up the port. The workers, if any, are the caller's to end."""
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+
+    # -- workers
+
+    def prepare(self, seat: Seat, start: Start) -> tuple[Handle, tuple[int, int, int]]:
+        """A handle for a new worker, told all it needs, and what the nursery must lend it."""
+        handle = Handle(start, self._record())
+        sock = self._sockets[self.seats.index(seat) % len(self._sockets)]
+        return handle, handle.lend(sock.fileno())
+
+    # -- words
 
     def fields(self) -> dict[str, object]:
         """The post, for the log."""

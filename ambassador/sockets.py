@@ -34,27 +34,53 @@ IP_PKTINFO = 8  # linux/in.h; the socket module names neither
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
 
-def bind(listener: Listener, *, gro: bool = True) -> socket.socket:
+def bind(listener: Listener, *, gro: bool = True, shared: bool = False) -> socket.socket:
     """A socket that takes what is sent to `listener`; the caller owns and closes it.
 
-    `gro` lets the kernel hand over runs of equal datagrams at once (UDP_GRO, udp(7)). Raises OSError:
-    EADDRINUSE where somebody has the port, EACCES for a port below 1024 without CAP_NET_BIND_SERVICE.
+    `gro` lets the kernel hand over runs of equal datagrams at once (UDP_GRO, udp(7)); `shared` lets
+    others of the same user bind the port as well (SO_REUSEPORT). Raises OSError: EADDRINUSE where somebody
+    has the port, EACCES for a port below 1024 without CAP_NET_BIND_SERVICE.
     """
     try:
-        return _bind(socket.AF_INET6, listener, gro)
+        return _bind(socket.AF_INET6, listener, gro, shared)
     except OSError as error:
         if error.errno not in _NO_IPV6:
             raise
-        return _bind(socket.AF_INET, listener, gro)
+        return _bind(socket.AF_INET, listener, gro, shared)
 
 
-def _bind(family: socket.AddressFamily, listener: Listener, gro: bool) -> socket.socket:
+def bind_group(listener: Listener, workers: int) -> list[socket.socket]:
+    """Sockets for `workers` workers: for TCP one, from which all accept; for UDP one to each.
+
+    The kernel shares UDP clients out between them and keeps each where it is. As `bind` otherwise.
+    """
+    if listener.protocol is Protocol.TCP or workers == 1:
+        return [bind(listener)]
+    # SO_REUSEPORT would share the port with another program of the same user as gladly as among
+    # ourselves; binding without it first finds that out.
+    bind(listener).close()
+    group: list[socket.socket] = []
+    try:
+        while len(group) < workers:
+            group.append(bind(listener, shared=True))
+    except OSError:
+        for sock in group:
+            sock.close()
+        raise
+    return group
+
+
+def _bind(
+    family: socket.AddressFamily, listener: Listener, gro: bool, shared: bool
+) -> socket.socket:
     tcp = listener.protocol is Protocol.TCP
     sock = socket.socket(family, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if tcp:
             _prepare_stream(sock)
         else:

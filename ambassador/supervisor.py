@@ -5,7 +5,8 @@
 
 Invariants:
 
-- Exactly one live worker per listener; a port's socket outlives its workers, so it never refuses.
+- Exactly one live worker per seat, and one seat per listener unless told otherwise; a port's sockets
+  outlive its workers, so it never refuses.
 - The loop blocks nowhere but in its wait: workers are told through non-blocking pipes, Docker is asked by
   other threads, logging has a thread of its own.
 - Only this thread touches posts and handles; other threads call nothing but `wake`.
@@ -27,10 +28,10 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
-from ambassador import control, sockets
+from ambassador import control
 from ambassador.model import DesiredState, Listener, Protocol
 from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
-from ambassador.post import Post
+from ambassador.post import Post, Seat
 from ambassador.reconcile import Repoint, Start, Stop, plan
 from ambassador.status import port_owner
 from ambassador.worker import Handle
@@ -45,11 +46,14 @@ KILL_GRACE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every worker is told; milliseconds and numbers, see control.Start. `drain_ms` is for SIGTERM."""
+    """What every worker is told; milliseconds and numbers, see control.Start. `drain_ms` is for SIGTERM, and
+    `workers` is the number of processes per listener.
+    """
 
     hold_ms: int = 10_000
     drain_ms: int = 500
     max_sessions: int = 16_384
+    workers: int = 1
 
 
 @dataclass(slots=True)
@@ -115,7 +119,12 @@ class Supervisor:
         return self._draining and not self._leavers
 
     def _timeout(self) -> float | None:
-        moments = [post.due for post in self._posts.values() if post.due is not None]
+        moments = [
+            max(seat.due, post.bind_at)
+            for post in self._posts.values()
+            for seat in post.seats
+            if seat.due is not None
+        ]
         moments += [leaver.kill_at for leaver in self._leavers]
         if self._changed:
             return 0
@@ -175,7 +184,7 @@ class Supervisor:
         for action in plan(desired.routes, actual):
             match action:
                 case Start():
-                    self._posts[action.route.listener] = Post(action.route)
+                    self._posts[action.route.listener] = Post(action.route, self._limits.workers)
                 case Repoint():
                     self._repoint(self._posts[action.route.listener], action)
                 case Stop():
@@ -187,7 +196,8 @@ class Supervisor:
 
     def _repoint(self, post: Post, action: Repoint) -> None:
         post.repoint(action.route)
-        self._await_pipe(post.worker)
+        for worker in post.workers:
+            self._await_pipe(worker)
         message = "repointed" if action.route.backends else "no backend, holding new connections"
         log.info(message, extra={"fields": post.fields()})
 
@@ -196,16 +206,17 @@ class Supervisor:
     def _start_due(self) -> None:
         now = time.monotonic()
         for post in self._posts.values():
-            if post.due is not None and post.due <= now and self._bound(post, now):
-                self._fork_worker(post, now)
+            for seat in post.seats:
+                if seat.due is not None and seat.due <= now and self._bound(post, now):
+                    self._fork_worker(post, seat, now)
 
     def _bound(self, post: Post, now: float) -> bool:
-        if post.socket is not None:
-            return True
+        if post.bound or post.bind_at > now:
+            return post.bound
         try:
-            post.socket = sockets.bind(post.listener)
+            post.bind()
         except OSError as error:
-            post.due = now + BIND_RETRY_S
+            post.bind_at = now + BIND_RETRY_S
             reason = _bind_problem(post.listener, error)
             if reason != post.bind_error:
                 log.error(
@@ -217,26 +228,22 @@ class Supervisor:
         log.info("listening", extra={"fields": post.fields()})
         return True
 
-    def _fork_worker(self, post: Post, now: float) -> None:
-        assert post.socket is not None  # noqa: S101 - for mypy: _bound has seen to it
-        handle = post.hire(
-            control.Start(
-                post.listener,
-                hold_ms=self._limits.hold_ms,
-                max_sessions=self._limits.max_sessions,
-            )
+    def _fork_worker(self, post: Post, seat: Seat, now: float) -> None:
+        start = control.Start(
+            post.listener, hold_ms=self._limits.hold_ms, max_sessions=self._limits.max_sessions
         )
+        handle, lent = post.prepare(seat, start)
+        seat.take(handle, now)
         try:
-            self._nursery.request(handle.lend(post.socket.fileno()))
+            self._nursery.request(lent)
         except BlockingIOError:  # the nursery is stopped or starved; it is asked again
-            post.lose(now)
-            post.due = now + STUCK_NURSERY_RETRY_S
+            seat.lose(now)
+            seat.due = now + STUCK_NURSERY_RETRY_S
             return
         except NurseryGone:
-            post.lose(now)
+            seat.lose(now)
             self._replace_nursery()
             return
-        post.born = now
         self._unborn.append(handle)
 
     # -- the nursery, births and deaths
@@ -271,7 +278,7 @@ class Supervisor:
         self._ended(handle, "ended after its nursery")
 
     def _handles(self) -> list[Handle]:
-        working = [post.worker for post in self._posts.values() if post.worker is not None]
+        working = [worker for post in self._posts.values() for worker in post.workers]
         return working + [leaver.handle for leaver in self._leavers]
 
     def _ended(self, handle: Handle, how: str) -> None:
@@ -282,7 +289,7 @@ class Supervisor:
                 handle.close()
                 return
         post = self._posts[handle.listener]
-        delay = post.lose(time.monotonic())
+        delay = post.seat_of(handle).lose(time.monotonic())
         fields = {"port": post.listener.port, "protocol": post.listener.protocol.value}
         fields |= {"pid": handle.pid, "reason": how, "replaced_in": f"{delay:g}s"}
         log.error("worker ended, replacing it", extra={"fields": fields})
@@ -329,14 +336,13 @@ class Supervisor:
     # -- ending
 
     def _dismiss(self, post: Post, deadline_ms: int) -> None:
-        """Close the port and let its worker go within `deadline_ms`."""
+        """Close the port and let its workers go within `deadline_ms`."""
         post.close()
-        if post.worker is None:
-            return
-        post.worker.drain(deadline_ms)
-        self._await_pipe(post.worker)
         kill_at = time.monotonic() + deadline_ms / 1000 + KILL_GRACE_S
-        self._leavers.append(_Leaver(post.worker, kill_at))
+        for worker in post.workers:
+            worker.drain(deadline_ms)
+            self._await_pipe(worker)
+            self._leavers.append(_Leaver(worker, kill_at))
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
