@@ -13,8 +13,13 @@ UDP_GRO lets such runs arrive as one: the kernel then walks its stack once for u
 route refuses that (a segment over its MTU gives EINVAL), the run is sent datagram by datagram and the
 session remembers the size.
 
+A container that has just started does not listen yet, and UDP has no handshake to tell. So after a repoint
+the relay is *unsure*: it queues, as while held, and one datagram goes ahead on *trial*. If the backend's
+kernel refuses it (ICMP, at once where it happens at all) it is sent again a little later; if it is answered,
+or nothing is said for TRIAL_MS, everything that waits is released.
+
     wait -> for each event: session? read replies : control? return to Python
-         -> send the replies -> read, group and forward a batch from clients -> expire -> free what ended
+         -> send the replies -> read, group and forward a batch from clients -> try -> expire -> free
 
 Invariants
 ----------
@@ -58,6 +63,7 @@ from ambassador._linux cimport (
     CMSG_LEN,
     CMSG_NXTHDR,
     CMSG_SPACE,
+    EAGAIN,
     ECONNREFUSED,
     EINTR,
     EINVAL,
@@ -127,6 +133,9 @@ cdef enum:
     QUEUE_MS = 5000  # older ones are of no use to anybody
     QUEUE_BYTES = 8 << 20  # of all sessions together
     SOCKET_BUFFER = 1 << 20  # bytes asked for a backend socket; the kernel clamps it
+    TRIAL_MS = 10  # the kernel of a container on this host refuses within microseconds
+    RETRY_FIRST_MS = 15  # doubling: a kernel refuses a peer six times in a row, then once a second
+    RETRY_LAST_MS = 1000
     DRAIN_MS = 100  # replies that are on their way get this long
     DRAIN_RECENT_MS = 1000  # and are expected only where there was traffic this recently
 
@@ -199,6 +208,7 @@ cdef struct queued_t:
     queued_t *next
     int64_t since
     uint32_t length
+    uint8_t gone_ahead  # sent on trial; not again, unless it was refused
     uint8_t data[1]
 
 cdef struct session_t:
@@ -265,6 +275,10 @@ cdef struct relay_t:
     inbox_t *inbox
     uint32_t inbox_used
     outbox_t *outbox
+    int64_t unsure_until  # 0 once the backend is known to listen, or is given up on
+    session_t *trial  # the one whose first queued datagram has gone ahead
+    int64_t trial_at  # when the trial under way counts as passed, or when the next begins
+    uint32_t retry_ms
     int64_t now
     int64_t drain_at
     bint draining
@@ -560,6 +574,9 @@ cdef void session_end(relay_t *relay, session_t *session, int counter) noexcept 
     relay.counters[DROPPED_NO_BACKEND] += session.queue_length
     session_forget_queue(relay, session)
     session_hang_up(session)
+    if relay.trial == session:
+        relay.trial = NULL
+        relay.trial_at = relay.now
     session.flags |= ENDED
     session.touched = relay.ended
     relay.ended = session
@@ -671,6 +688,7 @@ cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t
     item.next = NULL
     item.since = relay.now
     item.length = length
+    item.gone_ahead = False
     memcpy(item.data, data, length)
     if session.queue_tail != NULL:
         session.queue_tail.next = item
@@ -688,42 +706,116 @@ cdef void session_release(relay_t *relay, session_t *session) noexcept nogil:
     session_age_queue(relay, session)
     item = session.queue_head
     while item != NULL:
-        outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
+        if not item.gone_ahead:
+            outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
         item = item.next
     outbox_flush(relay, TO_BACKEND)
     session_forget_queue(relay, session)
 
 
+cdef void trial_forget(relay_t *relay) noexcept nogil:
+    """What went ahead did not arrive."""
+    if relay.trial != NULL and relay.trial.queue_head != NULL:
+        relay.trial.queue_head.gone_ahead = False
+    relay.trial = NULL
+
+
+cdef void trial_begin(relay_t *relay, session_t *session) noexcept nogil:
+    """Send the first datagram that `session` has queued; it stays in the queue until the outcome is known."""
+    if session.fd < 0 and not session_dial(relay, session):
+        relay.trial_at = relay.now + relay.retry_ms
+        return
+    outbox_add(relay, session, TO_BACKEND, session.queue_head.data, session.queue_head.length, 0)
+    outbox_flush(relay, TO_BACKEND)
+    session.queue_head.gone_ahead = True
+    relay.trial = session
+    relay.trial_at = relay.now + TRIAL_MS
+
+
+cdef void trial_refused(relay_t *relay) noexcept nogil:
+    trial_forget(relay)
+    relay.trial_at = relay.now + relay.retry_ms
+    relay.retry_ms = min(2 * relay.retry_ms, RETRY_LAST_MS)
+
+
+cdef void trial_passed(relay_t *relay) noexcept nogil:
+    """The backend listens: release everything that waits for it."""
+    cdef session_t *session
+    cdef session_t *newer
+    cdef int i
+    relay.unsure_until = 0
+    for i in range(CLASSES):
+        session = relay.classes[i].oldest
+        # Dialling may evict, even the next one: the queues behind it then wait for their next datagram.
+        while session != NULL and not session.flags & ENDED:
+            newer = session.newer
+            if session.queue_head != NULL and (session.fd >= 0 or session_dial(relay, session)):
+                session_release(relay, session)
+            session = newer
+    relay.trial = NULL
+
+
+cdef void try_backend(relay_t *relay) noexcept nogil:
+    """What is due of the trial: it passed in silence, it is over for good, or another begins."""
+    cdef session_t *session
+    cdef int i
+    if not relay.unsure_until or relay.backend_count == 0:
+        return
+    if relay.unsure_until <= relay.now or (relay.trial != NULL and relay.trial_at <= relay.now):
+        trial_passed(relay)
+        return
+    if relay.trial != NULL or relay.trial_at > relay.now or relay.counters[QUEUED_NOW] == 0:
+        return
+    for i in range(CLASSES):
+        session = relay.classes[i].oldest
+        while session != NULL:
+            if session.queue_head != NULL:
+                trial_begin(relay, session)
+                return
+            session = session.newer
+
+
+cdef void session_keep(
+    relay_t *relay, session_t *session, char *data, uint32_t length, uint32_t segment
+) noexcept nogil:
+    """Queue the datagrams of one message, and let the first go ahead if it is time to try the backend."""
+    cdef uint32_t start = 0
+    if message_datagrams(length, segment) == 1:
+        session_queue(relay, session, data, length)
+    else:
+        while start < length:
+            session_queue(relay, session, data + start, min(segment, length - start))
+            start += segment
+    if relay.unsure_until and relay.trial == NULL and relay.trial_at <= relay.now:
+        if session.queue_head != NULL and relay.backend_count:
+            trial_begin(relay, session)
+
+
 cdef void session_forward(relay_t *relay, session_t *session) noexcept nogil:
-    """Send on this batch's messages of one client, or queue them while there is no backend."""
+    """Send on this batch's messages of one client, or queue them while there is no backend, or none sure."""
     cdef inbox_t *box = relay.inbox
-    cdef uint32_t i, length, segment, start
+    cdef uint32_t i, length, segment, count
     cdef uint32_t following = session.first
-    cdef bint connected
     session.first = 0
-    connected = session.fd >= 0 or session_dial(relay, session)
-    if connected and session.queue_head != NULL:
-        session_release(relay, session)
     while following:
         i = following - 1
         following = box.following[i]
         length = box.messages[i].msg_len
         segment = message_segment(&box.messages[i].msg_hdr, NULL)
-        if connected:
-            outbox_add(relay, session, TO_BACKEND, box.iov[i].iov_base, length, segment)
-        elif relay.backend_count:
-            relay.counters[DROPPED_NO_SESSION] += message_datagrams(length, segment)
-        elif message_datagrams(length, segment) == 1:
-            session_queue(relay, session, <char *>box.iov[i].iov_base, length)
-        else:
-            start = 0
-            while start < length:
-                session_queue(
-                    relay, session, <char *>box.iov[i].iov_base + start, min(segment, length - start)
-                )
-                start += segment
-    if connected:
-        outbox_flush(relay, TO_BACKEND)
+        count = message_datagrams(length, segment)
+        # No refusal so far, and no room to wait for one: better too early than not at all.
+        if relay.unsure_until and relay.trial != NULL and session.queue_length + count > QUEUE_DATAGRAMS:
+            trial_passed(relay)
+        if relay.unsure_until or relay.backend_count == 0:
+            session_keep(relay, session, <char *>box.iov[i].iov_base, length, segment)
+            continue
+        if session.fd < 0 and not session_dial(relay, session):
+            relay.counters[DROPPED_NO_SESSION] += count
+            continue
+        if session.queue_head != NULL:
+            session_release(relay, session)
+        outbox_add(relay, session, TO_BACKEND, box.iov[i].iov_base, length, segment)
+    outbox_flush(relay, TO_BACKEND)
 
 
 cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
@@ -736,6 +828,10 @@ cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
     got = inbox_receive(relay, session.fd, False)
     if got > 0:
         session_seen(relay, session, REPLIED)
+        if relay.trial == session:
+            relay.trial_at = relay.now
+    elif relay.trial == session and errno != EAGAIN:
+        trial_refused(relay)
     for i in range(relay.inbox_used, relay.inbox_used + got):
         length = box.messages[i].msg_len
         segment = message_segment(&box.messages[i].msg_hdr, NULL)
@@ -815,8 +911,13 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     cdef int64_t due = -1
     cdef int i
     for i in range(CLASSES):
-        if relay.classes[i].oldest != NULL and (due < 0 or relay.classes[i].oldest.seen + relay.idle_ms < due):
+        if relay.classes[i].oldest == NULL:
+            continue
+        if due < 0 or relay.classes[i].oldest.seen + relay.idle_ms < due:
             due = relay.classes[i].oldest.seen + relay.idle_ms
+    if relay.unsure_until and relay.backend_count and relay.counters[QUEUED_NOW]:
+        if due < 0 or relay.trial_at < due:
+            due = relay.trial_at
     if relay.draining and (due < 0 or relay.drain_at < due):
         due = relay.drain_at
     if due < 0:
@@ -853,6 +954,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         replies_send(relay)
         if clients:
             clients_receive(relay)
+        try_backend(relay)
         expire(relay)
         free_ended(relay)
         if control:
@@ -870,9 +972,8 @@ cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
 
 
 cdef void relay_repointed(relay_t *relay) noexcept nogil:
-    """Sessions keep their clients; those whose backend is gone let go of it, and what waits is sent."""
+    """Sessions keep their clients; those whose backend is gone let go of it, and the new one is tried."""
     cdef session_t *session
-    cdef session_t *newer
     cdef int i
     relay.now = monotonic_ms()
     for i in range(CLASSES):
@@ -881,14 +982,14 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
             if session.fd >= 0 and not backend_stands(relay, session.identity):
                 session_hang_up(session)
             session = session.newer
-    for i in range(CLASSES):
-        session = relay.classes[i].oldest
-        # Dialling may evict, even the next one: the queues behind it then wait for their next datagram.
-        while session != NULL and not session.flags & ENDED:
-            newer = session.newer
-            if session.queue_head != NULL and session_dial(relay, session):
-                session_release(relay, session)
-            session = newer
+    trial_forget(relay)
+    relay.trial_at = relay.now
+    relay.retry_ms = RETRY_FIRST_MS
+    # The first list of all names, as a rule, a target that has been running for long.
+    relay.unsure_until = 0
+    if relay.hold_ms and relay.counters[COUNTER_GENERATION]:
+        relay.unsure_until = relay.now + min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    try_backend(relay)
     free_ended(relay)
 
 

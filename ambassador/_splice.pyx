@@ -519,7 +519,9 @@ cdef void list_remove(relay_t *relay, connection_t *connection) noexcept nogil:
     members.length -= 1
 
 
-cdef void list_insert(relay_t *relay, connection_t *connection, connection_t *after, int state) noexcept nogil:
+cdef void list_insert(
+    relay_t *relay, connection_t *connection, connection_t *after, int state
+) noexcept nogil:
     """Into the list of `state`, behind `after` (NULL: at the head)."""
     cdef list_t *members = &relay.lists[state]
     connection.state = state
@@ -686,18 +688,20 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
 
 cdef void connection_connected(relay_t *relay, connection_t *connection) noexcept nogil:
     """The backend took it. So it takes others: release every one that is held."""
-    cdef uint32_t waiting
+    cdef uint32_t _one
     connection_move(relay, connection, OPEN)
     relay.retry_ms = RETRY_FIRST_MS
     if relay.probe == connection:
         relay.probe = NULL
     # One that fails at once is back in the list, at its own place: the list's length now is the bound.
-    for waiting in range(relay.lists[HELD].length):
+    for _one in range(relay.lists[HELD].length):
         if relay.lists[HELD].head == NULL or not connection_dial(relay, relay.lists[HELD].head):
             return
 
 
-cdef void connection_event(relay_t *relay, connection_t *connection, int side, uint32_t events) noexcept nogil:
+cdef void connection_event(
+    relay_t *relay, connection_t *connection, int side, uint32_t events
+) noexcept nogil:
     cdef int error = 0
     cdef socklen_t length = sizeof(error)
     if connection.state == CLOSED:  # by an earlier event of this batch
@@ -772,8 +776,8 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
 
 
 cdef void accept_batch(relay_t *relay) noexcept nogil:
-    cdef int fd, taken
-    for taken in range(ACCEPT_BATCH):
+    cdef int fd, _one
+    for _one in range(ACCEPT_BATCH):
         fd = accept4(relay.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd >= 0:
             accept_one(relay, fd)
@@ -897,7 +901,7 @@ cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
 
 
 cdef void relay_repointed(relay_t *relay) noexcept nogil:
-    """The list of backends changed: what was open to one that is gone is reset, what was on its way is held."""
+    """The backends changed: what was open to one that is gone is reset, what was on its way is held."""
     cdef connection_t *connection
     cdef connection_t *following
     cdef int state

@@ -125,7 +125,7 @@ class Options:
     tls: Tls | None = None
     network: str = ""
     hold_ms: int = 10_000
-    drain_ms: int = 500
+    drain_ms: int = 300
     workers: int = 1
     log_level: str = "info"
     wait: bool = True
@@ -187,10 +187,10 @@ HOLD = Flag(
 DRAIN = Flag(
     "drain",
     _parse_milliseconds,
-    500,
+    300,
     "DURATION",
     "how long SIGTERM lets open connections finish",
-    "500ms",
+    "300ms",
 )
 WORKERS = Flag(
     "workers", _parse_workers, 1, "N", "processes for each port, or auto: one to a core", "1"

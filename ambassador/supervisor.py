@@ -51,7 +51,7 @@ class Limits:
     """
 
     hold_ms: int = 10_000
-    drain_ms: int = 500
+    drain_ms: int = 300
     max_sessions: int = 16_384
     workers: int = 1
 

@@ -52,7 +52,7 @@ def test_defaults() -> None:
         targets=("redis",),
         docker_host="unix:///var/run/docker.sock",
         hold_ms=10_000,
-        drain_ms=500,
+        drain_ms=300,
         log_level="info",
         wait=True,
         usage=follow_usage(),
