@@ -91,7 +91,8 @@ class Engine:
             timeout=90,
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"docker {' '.join(args)}: {done.stdout}{done.stderr}".strip())
+            words = (word if len(word) < 200 else f"{word[:50]}…" for word in args)
+            raise AssertionError(f"docker {' '.join(words)}: {done.stdout}{done.stderr}".strip())
         return done.stdout.strip()
 
     def remove_all(self, prefix: str) -> None:

@@ -116,7 +116,8 @@ def test_worker_killed_under_load(stage: Stage) -> None:
 
 
 def kill_under_load(worker: int, host: str) -> None:
-    with Conversation(host) as stream, Visitors(host) as visitors:
+    with Conversation(host) as idle, Conversation(host) as stream, Visitors(host) as visitors:
+        idle.greeting()
         stream.greeting()
         endings: list[str] = []
         writer = threading.Thread(target=lambda: endings.append(send_to_the_end(stream)))
@@ -129,9 +130,10 @@ def kill_under_load(worker: int, host: str) -> None:
         writer.join()
         count = len(visitors.greeted)
         wait_for("more visits", lambda: len(visitors.greeted) > count + 20, PATIENCE_S)
-    # The stream would never end by itself: a clean end is bytes lost in silence. The kernel tells
-    # of a reset only once, the writer or the reader.
-    assert "reset" in endings
+        # Neither would end by itself: a clean end is bytes lost in silence. The kernel tells of a
+        # reset only once, the writer or the reader.
+        assert "reset" in endings
+        assert idle.ending() == "reset"
     assert visitors.failed == []
     assert min(begin for begin in visitors.greeted if begin > killed) - killed < 1
     assert all(begin < killed + 0.1 for begin in visitors.cut), "cut, but not by the kill"

@@ -130,6 +130,7 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
             got = [answer.data if answer is not None else b"" for answer in answers]
             strays = [g for g, e in zip(got, expected, strict=True) if g and not g.endswith(e[-3:])]
             assert not strays, strays
+            print(label, "unanswered:", got.count(b""))
             return got == expected
 
         assert all_answered(b"before")
