@@ -52,7 +52,7 @@ def stopped(pid: int) -> Iterator[None]:
     """While in here, the process is stopped (SIGSTOP)."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: process_state(pid) == "T", f"process {pid} does not stop")
+        wait_until(lambda: process_state(pid) in "Tt", f"process {pid} does not stop")
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):

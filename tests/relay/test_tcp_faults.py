@@ -56,16 +56,38 @@ def test_splice_fails_with_bytes_in_the_pipe(start_tcp: Start, peers: Peers, err
     """T3, T6: bytes that cannot leave the pipe any more: a reset for both, never a clean end."""
     server = peers.server()
     worker = start_tcp(destination(server))
+    with injected(worker.pid, f"splice:error={error}:when=2+1") as log:
+        for _ in range(20):
+            client, backend = peers.pair(worker, server)
+            with ThreadPoolExecutor(1) as threads:
+                sending = threads.submit(send_pattern, client, 32 * MIB)
+                try:
+                    assert len(read_to_end(backend)) == 32 * MIB, "a clean end with bytes missing"
+                except ConnectionResetError:
+                    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                        sending.result()
+                    break
+                assert not injections(log, "splice")  # this stream was copied throughout: once more
+                sending.result()
+                backend.close()
+        else:
+            pytest.fail("splice was never tried twice")
+    worker.wait_for(reset=1, active=0)
+    check_tcp_counters(worker)
+
+
+def test_the_end_of_a_backend_that_takes_no_more(start_tcp: Start, peers: Peers) -> None:
+    """T6: a send to the backend fails, then its end of file is read: not a clean end for the client."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
     client, backend = peers.pair(worker, server)
-    with (
-        injected(worker.pid, f"splice:error={error}:when=2+1"),
-        ThreadPoolExecutor(1) as threads,
-    ):
-        sending = threads.submit(send_pattern, client, 256 * MIB)
-        assert len(read_to_reset(backend)) < 256 * MIB
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            sending.result()
-    worker.wait_for(reset=1, active=0, closed=0)
+    with injected(worker.pid, "sendto:error=EPIPE:when=1..2+1"):
+        with worker.stopped():
+            client.sendall(b"too late")
+            backend.sendall(b"goodbye")
+            backend.shutdown(socket.SHUT_WR)
+        assert read_to_reset(client) == b"goodbye"
+    worker.wait_for(reset=1, active=0, discarded_to_backend=8)
     check_tcp_counters(worker)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from .conftest import Start
 from .echo import Echo
 from .harness import Worker, check_tcp_counters, wait_until
-from .peers import Peers, destination, fill, read_exactly, read_to_end, reset
+from .peers import Peers, destination, exchange, fill, read_exactly, read_to_end, reset
 
 RECORD = 16
 
@@ -116,6 +116,23 @@ def test_more_bulk_streams_than_pooled_pipes(start_tcp: Start, peers: Peers) -> 
         backend.close()
     assert at_rest(worker) == baseline
     assert worker.counter("pipes_open") <= 64
+    check_tcp_counters(worker)
+
+
+def test_a_dead_stream_leaves_no_byte_to_the_next(start_tcp: Start, peers: Peers) -> None:
+    """T17, invariant 2: streams are reset with bytes in their pipes: no later stream gets those bytes."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    dying = [peers.pair(worker, server) for _ in range(4)]
+    for client, _ in dying:
+        fill(client, b"dead" * 100_000)
+    assert worker.counter("pipes_open") > 0, "nothing is in a pipe"
+    for client, backend in dying:
+        reset(client)
+        reset(backend)
+    worker.wait_for(reset=4, active=0)
+    for _ in range(4):
+        exchange(*peers.pair(worker, server), 32 << 20)
     check_tcp_counters(worker)
 
 
