@@ -440,8 +440,9 @@ cdef void outbox_flush(relay_t *relay, int d) noexcept nogil:
             retried = False
         elif errno == EINTR:
             continue
-        elif errno == ECONNREFUSED and not retried:  # the answer to an earlier datagram, not to this one
-            relay.counters[REFUSED] += 1
+        elif (errno == ECONNREFUSED or errno == EMSGSIZE) and not retried:
+            # ICMP's answer to an earlier datagram, maybe, and not to this one.
+            relay.counters[REFUSED] += errno == ECONNREFUSED
             retried = True
         elif box.segments[place] > 1 and (errno == EINVAL or errno == EIO or errno == EMSGSIZE):
             relay.counters[GSO_REFUSED] += 1

@@ -47,7 +47,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
         EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
-        EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET, EPOLLEXCLUSIVE
+        EPOLLIN, EPOLLPRI, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET, EPOLLEXCLUSIVE
     ctypedef union epoll_data_t:
         uint64_t u64
     struct epoll_event:
@@ -66,7 +66,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
         SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF
-        SHUT_WR, MSG_NOSIGNAL, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
+        SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
     ctypedef unsigned short sa_family_t
     struct sockaddr:
         sa_family_t sa_family

@@ -53,6 +53,7 @@ from ambassador._common cimport (
 from ambassador._linux cimport (
     EADDRNOTAVAIL,
     EAGAIN,
+    ECONNRESET,
     EINPROGRESS,
     EINTR,
     EINVAL,
@@ -71,11 +72,13 @@ from ambassador._linux cimport (
     EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
+    EPOLLPRI,
     EPOLLRDHUP,
     F_GETPIPE_SZ,
     F_SETPIPE_SZ,
     IPPROTO_TCP,
     MSG_DONTWAIT,
+    MSG_MORE,
     MSG_NOSIGNAL,
     O_CLOEXEC,
     O_NONBLOCK,
@@ -118,17 +121,20 @@ from ambassador._linux cimport (
 
 cdef enum:
     COPY_BYTES = 65536  # of one read while copying; also what counts as a full read
+    FULL_READ = COPY_BYTES // 2  # bytes; a little less than the buffer is full too, as segments do not fit it
     FULL_READS = 3  # in a row, and a direction is bulk (HAProxy's rule)
     SMALL_MOVE = 16384  # bytes; below this a splice costs more than a copy
     SMALL_MOVES = 3  # in a row, and a direction copies again
     TURN_BYTES = 1 << 20  # a direction moves at most about this much before others get their turn
     PIPE_SMALLEST = 65536  # bytes; a smaller pipe is worse than copying
+    SPLICE_BYTES = 1 << 30  # no limit of ours: a pipe's slots are the limit, and hold up to a large page each
     POOL_PIPES = 64  # kept open while nobody needs them: 64 x 1 MiB is the default user's share
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
     EVENT_BATCH = 256
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
     RETRY_LAST_MS = 100
     ACCEPT_PAUSE_MS = 100  # with no descriptor left, accepting rests this long
+    KEEPALIVE_AFTER_MS = 10000  # short connections need none, and five calls are a third of their cost
     KEEPALIVE_IDLE_S = 60
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
@@ -144,7 +150,9 @@ cdef enum:
 cdef enum:  # what epoll said of a socket and no call has contradicted since
     READABLE = 1
     WRITABLE = 2
-    ENDED = 4  # a FIN or an error is queued: a short read is not the last
+    ENDED = 4  # a FIN, an error or urgent data is queued: a short read is not the last
+    FINISHED = 16  # a FIN is queued and no error: behind a short read there is nothing else
+    URGENT = 32  # reads end at the urgent mark: a short read says nothing
     FAILED = 8  # an error: once its end of file was read, no read will tell of it
 
 cdef enum:  # flags of a direction
@@ -231,7 +239,7 @@ cdef struct connection_t:
     direction_t direction[2]  # TO_BACKEND, TO_CLIENT
     uint64_t identity  # of the backend that was dialled
     int64_t hold_until  # ms; no new attempt after this
-    int64_t deadline  # ms; of this attempt to connect
+    int64_t deadline  # ms; of this attempt to connect, and once open the moment to begin keepalive
     connection_t *previous
     connection_t *next
     connection_t *next_ready
@@ -254,6 +262,7 @@ cdef struct relay_t:
     pipe_t *pool
     uint32_t pooled
     list_t lists[LISTS]
+    connection_t *young  # the first open one whose backend is not probed yet; all behind it are younger
     connection_t *ready_head
     connection_t *ready_tail
     backend_t *backends
@@ -391,20 +400,25 @@ cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noe
     cdef direction_t *direction = &connection.direction[d]
     cdef ssize_t got = recv(connection.fd[d], relay.buffer, COPY_BYTES, MSG_DONTWAIT)
     cdef ssize_t sent
+    cdef int flags = MSG_NOSIGNAL | MSG_DONTWAIT
     if got <= 0:
         return got
     relay.counters[RECEIVED_FROM_CLIENT + d] += got
-    if got < COPY_BYTES:
+    if got < FULL_READ:
         direction.streak = 0
-        # The queue was emptied (epoll(7)), unless an end is queued behind the bytes.
-        if not connection.ready[d] & ENDED:
-            connection.ready[d] &= ~READABLE
     elif relay.pipe_bytes:
         direction.streak += 1
         if direction.streak >= FULL_READS:
             direction.streak = 0
             direction.flags |= SPLICING
-    sent = send(connection.fd[1 - d], relay.buffer, got, MSG_NOSIGNAL | MSG_DONTWAIT)
+    if got < COPY_BYTES:
+        # The queue was emptied (epoll(7)), unless an end is queued behind the bytes.
+        if connection.ready[d] & (FINISHED | URGENT) == FINISHED:
+            direction.flags |= SOURCE_ENDED
+            flags |= MSG_MORE  # the FIN follows at once, in the same segment
+        elif not connection.ready[d] & ENDED:
+            connection.ready[d] &= ~READABLE
+    sent = send(connection.fd[1 - d], relay.buffer, got, flags)
     if sent == got:
         relay.counters[SENT_TO_BACKEND + d] += sent
         return got
@@ -430,7 +444,7 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
             direction.flags &= ~SPLICING
             return direction_copy(relay, connection, d)
     got = splice(
-        connection.fd[d], NULL, direction.pipe.write_end, NULL, direction.pipe.capacity, SPLICE_F_NONBLOCK
+        connection.fd[d], NULL, direction.pipe.write_end, NULL, SPLICE_BYTES, SPLICE_F_NONBLOCK
     )
     if got > 0:
         relay.counters[RECEIVED_FROM_CLIENT + d] += got
@@ -497,8 +511,10 @@ cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept
     direction_release(relay, direction)
     if connection.direction[1 - d].flags & BROKEN:
         return PUMP_FAILED  # this peer's FIN was followed by a reset: not everything arrived
-    if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
-        return PUMP_FAILED
+    # The second end needs no call of its own: closing the sockets says it.
+    if not connection.direction[1 - d].flags & ENDED_FORWARDED:
+        if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
+            return PUMP_FAILED
     direction.flags |= ENDED_FORWARDED
     return PUMP_WAIT
 
@@ -508,6 +524,8 @@ cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept
 
 cdef void list_remove(relay_t *relay, connection_t *connection) noexcept nogil:
     cdef list_t *members = &relay.lists[connection.state]
+    if relay.young == connection:
+        relay.young = connection.next
     if connection.previous != NULL:
         connection.previous.next = connection.next
     else:
@@ -653,7 +671,7 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     """Start to connect to the next backend. False if that failed at once and the connection moved on."""
     cdef backend_t *backend = &relay.backends[relay.backend_turn % relay.backend_count]
     cdef linger armed
-    cdef int on = 1, idle = KEEPALIVE_IDLE_S, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
+    cdef int on = 1
     cdef int fd = socket(
         backend.address.v4.sin_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP
     )
@@ -669,16 +687,12 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     armed.l_onoff, armed.l_linger = 1, 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
-    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
     connection.fd[BACKEND] = fd
     connection.identity = backend.identity
     if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
         connection_dial_failed(relay, connection, errno)
         return False
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
     event.data.u64 = <uintptr_t>connection | BACKEND
     if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
         connection_dial_failed(relay, connection, errno)
@@ -686,10 +700,23 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     return True
 
 
+cdef void connection_keep_alive(connection_t *connection) noexcept nogil:
+    """Have the kernel probe the backend while it is silent; the client's socket inherits this."""
+    cdef int on = 1, idle = KEEPALIVE_IDLE_S, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
+    cdef int fd = connection.fd[BACKEND]
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on))
+
+
 cdef void connection_connected(relay_t *relay, connection_t *connection) noexcept nogil:
     """The backend took it. So it takes others: release every one that is held."""
     cdef uint32_t _one
     connection_move(relay, connection, OPEN)
+    connection.deadline = relay.now + KEEPALIVE_AFTER_MS
+    if relay.young == NULL:
+        relay.young = connection
     relay.retry_ms = RETRY_FIRST_MS
     if relay.probe == connection:
         relay.probe = NULL
@@ -710,8 +737,12 @@ cdef void connection_event(
         connection.ready[side] |= READABLE
     if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
         connection.ready[side] |= WRITABLE
-    if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+    if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
         connection.ready[side] |= ENDED
+        if events & EPOLLPRI:
+            connection.ready[side] |= URGENT
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP) == EPOLLRDHUP:
+            connection.ready[side] |= FINISHED
     if events & EPOLLERR:
         connection.ready[side] |= FAILED
     if connection.state != OPEN:
@@ -721,8 +752,11 @@ cdef void connection_event(
             return
         if events & (EPOLLERR | EPOLLHUP):
             getsockopt(connection.fd[BACKEND], SOL_SOCKET, SO_ERROR, &error, &length)
-            connection_dial_failed(relay, connection, error)
-            return
+            if error != ECONNRESET:
+                connection_dial_failed(relay, connection, error)
+                return
+            # It took the connection and reset it before we looked. What it said first is still queued, and
+            # FAILED sees to it that the end behind that is not taken for a clean one.
         connection_connected(relay, connection)
     connection_pump(relay, connection)
 
@@ -765,7 +799,7 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
     list_insert(relay, connection, relay.lists[CONNECTING].tail, CONNECTING)
     relay.counters[ACCEPTED] += 1
     relay.counters[ACTIVE] += 1
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
     event.data.u64 = <uintptr_t>connection | CLIENT
     if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
         connection_drop(relay, connection, RESET)
@@ -811,6 +845,9 @@ cdef void expire(relay_t *relay) noexcept nogil:
         connection_dial_failed(relay, relay.lists[CONNECTING].head, 0)
     while relay.lists[HELD].head != NULL and relay.lists[HELD].head.hold_until <= relay.now:
         connection_drop(relay, relay.lists[HELD].head, REJECTED)
+    while relay.young != NULL and relay.young.deadline <= relay.now:
+        connection_keep_alive(relay.young)
+        relay.young = relay.young.next
     if relay.accept_at and relay.accept_at <= relay.now:
         accept_resume(relay)
     if probe_wanted(relay) and relay.probe_at <= relay.now:
@@ -841,6 +878,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
         due = relay.lists[HELD].head.hold_until
     if probe_wanted(relay) and (due < 0 or relay.probe_at < due):
         due = relay.probe_at
+    if relay.young != NULL and (due < 0 or relay.young.deadline < due):
+        due = relay.young.deadline
     if relay.accept_at and (due < 0 or relay.accept_at < due):
         due = relay.accept_at
     if relay.draining and (due < 0 or relay.drain_at < due):

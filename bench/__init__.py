@@ -1,0 +1,1 @@
+"""The benchmark: every row against every peer and against no relay at all. See README.md."""
