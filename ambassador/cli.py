@@ -64,7 +64,9 @@ def _raise_descriptor_limit() -> int:
 
 
 def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
-    from ambassador import logs  # noqa: PLC0415 - after the fork, see above
+    import logging  # noqa: PLC0415 - after the fork, as all that the nursery has no use for
+
+    from ambassador import logs  # noqa: PLC0415
     from ambassador.supervisor import Limits  # noqa: PLC0415
 
     lines = logs.setup(options.log_level)
@@ -74,6 +76,8 @@ def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
         workers=options.workers,
         max_sessions=max(1, min(MAX_SESSIONS, descriptors - SPARE_DESCRIPTORS)),
     )
+    held = {"connections": (descriptors - SPARE_DESCRIPTORS) // 2, "sessions": limits.max_sessions}
+    logging.getLogger(__name__).info("each worker can hold", extra={"fields": held})
     try:
         if options.command is Command.RELAY:
             return _relay(options, nursery, limits)
@@ -94,7 +98,7 @@ def _relay(options: Options, nursery: Nursery, limits: Limits) -> int:
 
 def _follow(options: Options, nursery: Nursery, limits: Limits) -> int:
     """Follow containers through the Docker Engine."""
-    import logging  # noqa: PLC0415 - after the fork, as all that the nursery has no use for
+    import logging  # noqa: PLC0415
 
     from ambassador.discovery import Discovery, connect_engine  # noqa: PLC0415
     from ambassador.reconcile import desire  # noqa: PLC0415

@@ -1,0 +1,132 @@
+"""`-workers N`: several processes serve one listener, as one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ambassador.model import Protocol
+
+from .echo import Echo
+from .harness import PATIENCE_S, bind_free, is_gone, wait_until
+from .peers import Peers, read_exactly
+
+Run = Callable[..., "Program"]
+
+
+class Program:
+    """`grand-ambassador relay` as a user runs it."""
+
+    def __init__(self, *arguments: str, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ambassador", "relay", *arguments], stderr=stderr
+            )
+
+    def workers(self, listener: str) -> list[int]:
+        """The processes that serve `6379/tcp`, by their titles."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[0].startswith(f"grand-ambassador: {listener} "):
+                    found.append(process.pid)
+        return found
+
+    def has(self, listener: str, count: int) -> None:
+        wait_until(
+            lambda: len(self.workers(listener)) == count,
+            f"{count} workers of {listener}: {self.log.read_text()}",
+        )
+
+    def close(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(PATIENCE_S) == 0
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with contextlib.ExitStack() as programs:
+
+        def run_one(*arguments: str) -> Program:
+            program = Program(*arguments, log=tmp_path / "log")
+            programs.callback(program.close)
+            return program
+
+        yield run_one
+
+
+def free_port(protocol: Protocol) -> int:
+    listener, sock = bind_free(protocol)
+    sock.close()
+    return listener.port
+
+
+def test_tcp_is_shared_and_survives_one_of_them(run: Run, peers: Peers) -> None:
+    """W1: all accept from one socket; killing one resets its own connections and nobody else's."""
+    server = peers.server()
+    with Echo(server):
+        port = free_port(Protocol.TCP)
+        program = run("-workers", "3", f"{port}/tcp=127.0.0.1:{server.getsockname()[1]}")
+        program.has(f"{port}/tcp", 3)
+        clients = [peers.keep(socket.create_connection(("127.0.0.1", port))) for _ in range(60)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%4d" % number)
+            assert read_exactly(client, 4) == b"%4d" % number
+        victim, *others = program.workers(f"{port}/tcp")
+        os.kill(victim, signal.SIGKILL)
+        alive = 0
+        for client in clients:
+            try:
+                client.sendall(b"ping")
+                alive += client.recv(4) == b"ping"
+            except ConnectionError:
+                pass
+        assert 0 < alive <= 60
+        wait_until(lambda: is_gone(victim), "it is gone")
+        program.has(f"{port}/tcp", 3)
+        assert set(others) < set(program.workers(f"{port}/tcp"))
+        for _ in range(30):
+            client = peers.keep(socket.create_connection(("127.0.0.1", port)))
+            client.sendall(b"after")
+            assert read_exactly(client, 5) == b"after"
+
+
+def test_udp_clients_stay_on_their_worker(run: Run, peers: Peers) -> None:
+    """A session lives in one worker: the server sees each client from one address for ever."""
+    server = peers.udp()
+    port = free_port(Protocol.UDP)
+    program = run("-workers", "3", f"{port}/udp=127.0.0.1:{server.getsockname()[1]}")
+    program.has(f"{port}/udp", 3)
+    clients = [peers.udp() for _ in range(40)]
+    seen: dict[bytes, set[object]] = {}
+    for turn in range(5):
+        for number, client in enumerate(clients):
+            client.sendto(b"%d" % number, ("127.0.0.1", port))
+            data, source = server.recvfrom(100)
+            seen.setdefault(data, set()).add(source)
+            server.sendto(b"%d of %d" % (turn, number), source)
+            assert client.recv(100) == b"%d of %d" % (turn, number)
+    assert all(len(sources) == 1 for sources in seen.values())
+    assert len(seen) == 40
+    used = [psutil.Process(pid).num_fds() for pid in program.workers(f"{port}/udp")]
+    assert sorted(used)[1] > min(used), "more than one of them has sessions"
+
+
+def test_a_port_that_somebody_has_is_not_shared(run: Run) -> None:
+    """R4: SO_REUSEPORT is for our own; another program's port is in use."""
+    listener, sock = bind_free(Protocol.UDP)
+    program = run("-workers", "2", f"{listener.port}/udp=127.0.0.2:9")
+    wait_until(lambda: "is in use by" in program.log.read_text(), "it says who has the port")
+    assert program.workers(str(listener)) == []
+    sock.close()
+    program.has(str(listener), 2)
