@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         print(getattr(error, "usage", ""), file=sys.stderr, end="")
         return error.exit_code
+    # As PID 1 a signal without a handler is ignored: until the supervisor has its own, stopping is easy.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     descriptors = _raise_descriptor_limit()
     nursery = Nursery.fork()
     return _run(options, nursery, descriptors)
