@@ -10,8 +10,14 @@ from ambassador._linux cimport (
     AF_INET,
     AF_INET6,
     CLOCK_MONOTONIC,
+    MAP_FAILED,
+    MAP_SHARED,
+    PROT_READ,
+    PROT_WRITE,
     clock_gettime,
     htons,
+    mmap,
+    munmap,
     sockaddr_in,
     sockaddr_in6,
     socklen_t,
@@ -37,6 +43,16 @@ cdef struct backend_t:
     uint64_t identity  # the supervisor's number for this run of this container at this address
     socklen_t length
     address_t address
+
+
+cdef inline uint64_t *counters_map(int fd) noexcept nogil:
+    """The counters page behind `fd`, NULL with errno where it cannot be had."""
+    cdef void *page = mmap(NULL, COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    return NULL if page == MAP_FAILED else <uint64_t *>page
+
+
+cdef inline void counters_unmap(uint64_t *page) noexcept nogil:
+    munmap(page, COUNTERS_BYTES)
 
 
 cdef inline int64_t monotonic_ms() noexcept nogil:

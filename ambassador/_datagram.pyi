@@ -1,6 +1,5 @@
 """The UDP relay loop (compiled from _datagram.pyx, which has the theory of operation)."""
 
-import mmap
 from typing import Final
 
 COUNTERS: Final[tuple[str, ...]]
@@ -17,7 +16,7 @@ class UdpRelay:
         listener: int,
         control: int,
         *,
-        counters: mmap.mmap,
+        counters: int,
         hold_ms: int,
         session_idle_ms: int,
         max_sessions: int,

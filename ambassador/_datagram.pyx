@@ -39,7 +39,6 @@ Sources: udp(7), ip(7), ipv6(7), recvmmsg(2), sendmmsg(2); net/ipv4/udp.c for wh
 
 import os
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -49,11 +48,12 @@ from ambassador._common cimport (
     COUNTER_GENERATION,
     COUNTER_OWN,
     COUNTER_VERSION,
-    COUNTERS_BYTES,
     COUNTERS_VERSION,
     address_t,
     backend_set,
     backend_t,
+    counters_map,
+    counters_unmap,
     monotonic_ms,
 )
 from ambassador._linux cimport (
@@ -440,7 +440,7 @@ cdef void outbox_flush(relay_t *relay, int d) noexcept nogil:
             retried = False
         elif errno == EINTR:
             continue
-        elif (errno == ECONNREFUSED or errno == EMSGSIZE) and not retried:
+        elif (errno == ECONNREFUSED or (errno == EMSGSIZE and box.segments[place] == 1)) and not retried:
             # ICMP's answer to an earlier datagram, maybe, and not to this one.
             relay.counters[REFUSED] += errno == ECONNREFUSED
             retried = True
@@ -1001,21 +1001,21 @@ cdef class UdpRelay:
     """The loop of one worker, over a bound datagram socket.
 
     `listener` (non-blocking, reporting packet info; sockets.bind makes such a one) and `control` (the read
-    end of the control pipe, non-blocking) stay the caller's. `counters` is a writable buffer of
-    COUNTERS_BYTES, shared with the parent. Times are milliseconds. With `gso` false no run of datagrams is
+    end of the control pipe, non-blocking) stay the caller's. `counters` is a descriptor of
+    the page that is shared with the parent (4096 bytes); the loop maps it, and the caller may close it then.
+    Times are milliseconds. With `gso` false no run of datagrams is
     sent or received as one. Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer
     that is too small or a table without room.
     """
 
     cdef relay_t relay
-    cdef Py_buffer page
 
     def __cinit__(
         self,
         int listener,
         int control,
         *,
-        object counters,
+        int counters,
         uint32_t hold_ms,
         uint32_t session_idle_ms,
         uint32_t max_sessions,
@@ -1028,10 +1028,9 @@ cdef class UdpRelay:
         self.relay.epoll = -1
         if max_sessions < 1:
             raise ValueError("a session table needs room for one")
-        PyObject_GetBuffer(counters, &self.page, PyBUF_WRITABLE)
-        if self.page.len < COUNTERS_BYTES:
-            raise ValueError(f"the counters page has {self.page.len} bytes")
-        self.relay.counters = <uint64_t *>self.page.buf
+        self.relay.counters = counters_map(counters)
+        if self.relay.counters == NULL:
+            raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
         self.relay.hold_ms, self.relay.idle_ms = hold_ms, session_idle_ms
         self.relay.max_sessions, self.relay.gso = max_sessions, gso
@@ -1086,7 +1085,7 @@ cdef class UdpRelay:
         free(relay.outbox)
         free(relay.buckets)
         free(relay.backends)
-        PyBuffer_Release(&self.page)
+        counters_unmap(relay.counters)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

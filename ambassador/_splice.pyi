@@ -1,6 +1,5 @@
 """The TCP relay loop (compiled from _splice.pyx, which has the theory of operation)."""
 
-import mmap
 from typing import Final
 
 COUNTERS: Final[tuple[str, ...]]
@@ -17,7 +16,7 @@ class TcpRelay:
         listener: int,
         control: int,
         *,
-        counters: mmap.mmap,
+        counters: int,
         hold_ms: int,
         connect_ms: int,
         max_held: int,

@@ -34,7 +34,6 @@ Invariants
 Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LINGER 0 does at close.
 """
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -44,10 +43,11 @@ from ambassador._common cimport (
     COUNTER_GENERATION,
     COUNTER_OWN,
     COUNTER_VERSION,
-    COUNTERS_BYTES,
     COUNTERS_VERSION,
     backend_set,
     backend_t,
+    counters_map,
+    counters_unmap,
     monotonic_ms,
 )
 from ambassador._linux cimport (
@@ -968,20 +968,20 @@ cdef class TcpRelay:
     """The loop of one worker, over a listening socket.
 
     `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
-    pipe, non-blocking) stay the caller's. `counters` is a writable buffer of COUNTERS_BYTES, shared with
-    the parent. Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always.
+    pipe, non-blocking) stay the caller's. `counters` is a descriptor of
+    the page that is shared with the parent (4096 bytes); the loop maps it, and the caller may close it then.
+    Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always.
     Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer that is too small.
     """
 
     cdef relay_t relay
-    cdef Py_buffer page
 
     def __cinit__(
         self,
         int listener,
         int control,
         *,
-        object counters,
+        int counters,
         uint32_t hold_ms,
         uint32_t connect_ms,
         uint32_t max_held,
@@ -990,10 +990,9 @@ cdef class TcpRelay:
         cdef epoll_event event
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
-        PyObject_GetBuffer(counters, &self.page, PyBUF_WRITABLE)
-        if self.page.len < COUNTERS_BYTES:
-            raise ValueError(f"the counters page has {self.page.len} bytes")
-        self.relay.counters = <uint64_t *>self.page.buf
+        self.relay.counters = counters_map(counters)
+        if self.relay.counters == NULL:
+            raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
         self.relay.hold_ms, self.relay.connect_ms = hold_ms, connect_ms
         self.relay.max_held, self.relay.pipe_bytes = max_held, pipe_bytes
@@ -1033,7 +1032,7 @@ cdef class TcpRelay:
             close(relay.epoll)
         free(relay.buffer)
         free(relay.backends)
-        PyBuffer_Release(&self.page)
+        counters_unmap(relay.counters)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

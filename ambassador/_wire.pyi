@@ -5,6 +5,9 @@ from typing import Final
 VERSION: Final[int]
 MAX_PAYLOAD: Final[int]
 MAX_BACKENDS: Final[int]
+TCP: Final[int]
+UDP: Final[int]
+GSO: Final[int]
 
 StartNumbers = tuple[int, int, int, int, int, int, int, int, int]
 Backends = list[tuple[bytes, int, int, int]]

@@ -23,9 +23,19 @@ cdef enum:
     REPOINT = 2
     DRAIN = 3
 
+cdef enum:  # numbers of /etc/protocols
+    PROTOCOL_TCP = 6
+    PROTOCOL_UDP = 17
+
+cdef enum:
+    FLAG_GSO = 1
+
 VERSION = CURRENT_VERSION
 MAX_PAYLOAD = LARGEST_PAYLOAD
 MAX_BACKENDS = MOST_BACKENDS
+TCP = PROTOCOL_TCP
+UDP = PROTOCOL_UDP
+GSO = FLAG_GSO
 
 cdef packed struct header_t:
     uint8_t version
@@ -36,7 +46,7 @@ cdef packed struct header_t:
 
 cdef packed struct start_t:
     uint16_t port
-    uint8_t protocol  # the number of /etc/protocols
+    uint8_t protocol
     uint8_t flags
     uint32_t limits[6]
 
@@ -58,6 +68,12 @@ cdef tuple take_start(const char *payload, size_t length):
     if length != sizeof(start_t):
         raise ValueError(f"type {START} of {length} bytes")
     memcpy(&record, payload, sizeof(start_t))
+    if not record.port:
+        raise ValueError("port 0")
+    if record.protocol != PROTOCOL_TCP and record.protocol != PROTOCOL_UDP:
+        raise ValueError(f"unknown protocol number {record.protocol}")
+    if record.flags & ~FLAG_GSO:
+        raise ValueError(f"unknown flags {record.flags:#x}")
     return (
         record.port, record.protocol, record.flags, record.limits[0], record.limits[1],
         record.limits[2], record.limits[3], record.limits[4], record.limits[5],

@@ -146,23 +146,18 @@ class Unpacker:
 
 def _record(kind: int, generation: int, content: Any) -> Record:
     if kind == RecordType.START:
-        return start(content)
+        return _start(content)
     if kind == RecordType.DRAIN:
         return Drain(content)
     backends, title = content
     return Repoint(generation, tuple(map(_destination, backends)), title)
 
 
-def start(numbers: StartNumbers) -> Start:
-    """A Start from the numbers in its record. Raises ValueError where they make none."""
+def _start(numbers: StartNumbers) -> Start:
     port, number, flags, hold, connect, idle, sessions, held, pipe = numbers
-    if flags & ~_FLAG_GSO:
-        raise ValueError(f"unknown flags {flags:#x}")
-    for protocol, known in _PROTOCOLS.items():
-        if number == known:
-            listener, gso = Listener(port, protocol), bool(flags & _FLAG_GSO)
-            return Start(listener, hold, connect, idle, sessions, held, pipe, gso)
-    raise ValueError(f"unknown protocol number {number}")
+    protocol = next(protocol for protocol, known in _PROTOCOLS.items() if known == number)
+    gso = bool(flags & _wire.GSO)
+    return Start(Listener(port, protocol), hold, connect, idle, sessions, held, pipe, gso)
 
 
 def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
@@ -171,15 +166,14 @@ def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
     return Destination(f"{address}%{zone}" if zone else address, port, identity)
 
 
-_PROTOCOLS = {Protocol.TCP: 6, Protocol.UDP: 17}
-_FLAG_GSO = 1
+_PROTOCOLS = {Protocol.TCP: _wire.TCP, Protocol.UDP: _wire.UDP}
 
 
 def _pack_start(record: Start) -> bytes:
     return _START.pack(
         record.listener.port,
         _PROTOCOLS[record.listener.protocol],
-        _FLAG_GSO if record.gso else 0,
+        _wire.GSO if record.gso else 0,
         record.hold_ms,
         record.connect_ms,
         record.session_idle_ms,

@@ -133,9 +133,9 @@ class Post:
     def _record(self) -> Repoint:
         route = self.route
         where = ", ".join(map(str, route.backends)) or "hold"
-        title = where if route.target == where else f"{route.target} -> {where}"
+        whither = where if route.target == where else f"{route.target} -> {where}"
         return Repoint(
             self.generation,
             tuple(Destination(b.address, b.port, self._identities[b]) for b in route.backends),
-            title[:1000],
+            f"{self.listener} {whither}"[:1000],
         )

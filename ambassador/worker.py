@@ -19,8 +19,8 @@ import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from ambassador import _datagram, _splice, control
-from ambassador._wire import take
+from ambassador import _datagram, _splice
+from ambassador._wire import GSO, TCP, take
 from ambassador.control import BadRecord, Drain, Record, RecordType, Repoint, Start, pack
 from ambassador.model import Listener, Protocol
 from ambassador.titles import set_title
@@ -156,18 +156,16 @@ def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
     Owns the three descriptors. Written to run little Python: every object it touches is a page that it no
     longer shares with the nursery.
     """
-    page = mmap.mmap(counters_fd, COUNTERS_BYTES)
-    os.close(counters_fd)
     try:
-        return _serve(listener_fd, control_fd, page)
+        return _serve(listener_fd, control_fd, counters_fd)
     except ValueError:  # BadRecord is one
         return EXIT_BAD_CONTROL
 
 
-def _serve(listener_fd: int, control_fd: int, page: mmap.mmap) -> int:
+def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
     stream = bytearray()
     loop: Loop | None = None  # until the first record, for which the pipe blocks
-    name, tcp = "", False
+    tcp = False
     generation = -1
     while True:
         taken = take(stream)
@@ -183,10 +181,11 @@ def _serve(listener_fd: int, control_fd: int, page: mmap.mmap) -> int:
         if (kind == _START) == (loop is not None):
             raise BadRecord("a Start comes first, and once")
         if loop is None:
-            start = control.start(cast("StartNumbers", content))
+            numbers = cast("StartNumbers", content)
+            loop = _loop(numbers, listener_fd, control_fd, counters_fd)
+            os.close(counters_fd)
             os.set_blocking(control_fd, False)
-            loop = _loop(start, listener_fd, control_fd, page)
-            name, tcp = str(start.listener), start.listener.protocol is Protocol.TCP
+            tcp = numbers[1] == TCP
         elif kind == _DRAIN:
             loop.drain(cast("int", content))
             if tcp:
@@ -195,26 +194,29 @@ def _serve(listener_fd: int, control_fd: int, page: mmap.mmap) -> int:
             generation = number
             backends, title = cast("tuple[Backends, str]", content)
             loop.repoint(generation, backends)
-            set_title(f"{name} {title}")
+            set_title(title)
 
 
-def _loop(start: Start, listener_fd: int, control_fd: int, page: mmap.mmap) -> Loop:
-    if start.listener.protocol is Protocol.TCP:
+def _loop(start: StartNumbers, listener_fd: int, control_fd: int, counters_fd: int) -> Loop:
+    _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held, pipe_bytes = (
+        start
+    )
+    if protocol == TCP:
         return _splice.TcpRelay(
             listener_fd,
             control_fd,
-            counters=page,
-            hold_ms=start.hold_ms,
-            connect_ms=start.connect_ms,
-            max_held=start.max_held,
-            pipe_bytes=start.pipe_bytes,
+            counters=counters_fd,
+            hold_ms=hold_ms,
+            connect_ms=connect_ms,
+            max_held=max_held,
+            pipe_bytes=pipe_bytes,
         )
     return _datagram.UdpRelay(
         listener_fd,
         control_fd,
-        counters=page,
-        hold_ms=start.hold_ms,
-        session_idle_ms=start.session_idle_ms,
-        max_sessions=start.max_sessions,
-        gso=start.gso,
+        counters=counters_fd,
+        hold_ms=hold_ms,
+        session_idle_ms=session_idle_ms,
+        max_sessions=max_sessions,
+        gso=bool(flags & GSO),
     )
