@@ -236,6 +236,7 @@ cdef struct inbox_t:  # BATCH messages to receive into
     address_t names[BATCH]
     uint8_t control[BATCH][CONTROL_BYTES]
     uint16_t following[BATCH]  # 1 + index of the same session's next message
+    uint32_t spent  # headers from the first on that the kernel has written to
     char *buffers
 
 cdef struct outbox_t:  # OUTBOX messages to send, each one datagram or a run of equal ones
@@ -459,23 +460,31 @@ cdef void outbox_flush(relay_t *relay, int d) noexcept nogil:
 # ------------------------------------------------------------------------------------------- the inbox
 
 
-cdef int inbox_receive(relay_t *relay, int fd, bint named) noexcept nogil:
-    """Receive behind what is in use. How many messages came (0 for none, or an error of the past)."""
-    cdef inbox_t *box = relay.inbox
+cdef void inbox_arm(inbox_t *box, uint32_t count) noexcept nogil:
+    """Give the first `count` headers their room again: the kernel writes what it used into them."""
     cdef uint32_t i
-    cdef int got
-    for i in range(relay.inbox_used, <uint32_t>BATCH):
-        box.messages[i].msg_hdr.msg_namelen = sizeof(address_t) if named else 0
-        box.messages[i].msg_hdr.msg_name = &box.names[i] if named else NULL
+    for i in range(count):
+        box.messages[i].msg_hdr.msg_namelen = sizeof(address_t)
         box.messages[i].msg_hdr.msg_controllen = CONTROL_BYTES
         box.messages[i].msg_hdr.msg_flags = 0
+
+
+cdef int inbox_receive(relay_t *relay, int fd) noexcept nogil:
+    """Receive behind what is in use. How many messages came (0 for none, or an error of the past)."""
+    cdef inbox_t *box = relay.inbox
+    cdef int got
+    inbox_arm(box, box.spent)
+    box.spent = 0
     while True:
         got = recvmmsg(fd, &box.messages[relay.inbox_used], BATCH - relay.inbox_used, MSG_DONTWAIT, NULL)
         if got >= 0 or errno != EINTR:
             break
     if got < 0 and errno == ECONNREFUSED:
         relay.counters[REFUSED] += 1
-    return max(got, 0)
+    if got <= 0:
+        return 0
+    box.spent = relay.inbox_used + got
+    return got
 
 
 cdef uint32_t message_segment(msghdr *header, key_t *key) noexcept nogil:
@@ -826,7 +835,7 @@ cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
     cdef int got
     if session.flags & ENDED or session.fd < 0:  # ended by an earlier event of this batch
         return
-    got = inbox_receive(relay, session.fd, False)
+    got = inbox_receive(relay, session.fd)
     if got > 0:
         session_seen(relay, session, REPLIED)
         if relay.trial == session:
@@ -861,7 +870,7 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
     cdef inbox_t *box = relay.inbox
     cdef session_t *touched = NULL
     cdef session_t *session
-    cdef int got = inbox_receive(relay, relay.listener, True)
+    cdef int got = inbox_receive(relay, relay.listener)
     cdef int i
     cdef uint32_t segment, count
     cdef key_t key
@@ -1057,6 +1066,8 @@ cdef class UdpRelay:
             box.messages[i].msg_hdr.msg_iov = &box.iov[i]
             box.messages[i].msg_hdr.msg_iovlen = 1
             box.messages[i].msg_hdr.msg_control = &box.control[i][0]
+            box.messages[i].msg_hdr.msg_name = &box.names[i]
+        inbox_arm(box, BATCH)
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.relay.epoll < 0:
             raise OSError(errno, "epoll_create1")

@@ -71,26 +71,34 @@ def tcp_hold(host: str, port: int, connections: int) -> None:
 
 
 def connect_loop(host: str, port: int, seconds: float, every_ms: float) -> Result:
-    """A new connection every few milliseconds, one message each: how many failed, how long they took."""
+    """One new connection after the other, `every_ms` apart or at once, one message each.
+
+    How many were answered, refused (or could not be made), and cut once they were made.
+    """
     took: list[float] = []
-    failed = refused = 0
-    end = time.monotonic() + seconds
-    while (start := time.monotonic()) < end:
+    refused = cut = 0
+    begun = time.monotonic()
+    while (start := time.monotonic()) < begun + seconds:
         try:
-            with socket.create_connection((host, port), timeout=5) as client:
-                client.sendall(b"x")
-                failed += client.recv(1) != b"x"
-        except ConnectionRefusedError:
-            refused += 1
+            client = socket.create_connection((host, port), timeout=5)
         except OSError:
-            failed += 1
+            refused += 1
+        else:
+            try:
+                with client:
+                    client.sendall(b"x")
+                    cut += client.recv(1) != b"x"
+            except OSError:
+                cut += 1
         took.append(time.monotonic() - start)
-        time.sleep(max(0.0, every_ms / 1000 - took[-1]))
+        if every_ms:
+            time.sleep(max(0.0, every_ms / 1000 - took[-1]))
     took.sort()
     return {
-        "connections": len(took),
-        "failed": failed,
+        "delivered": len(took) - refused - cut,
+        "seconds": time.monotonic() - begun,
         "refused": refused,
+        "cut": cut,
         "p50": 1e6 * took[len(took) // 2],
         "p99": 1e6 * took[len(took) * 99 // 100],
         "longest": 1e6 * took[-1],

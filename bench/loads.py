@@ -82,6 +82,7 @@ REDIS = Service("redis", "tcp", 17001, _redis)
 IPERF = Service("iperf", "tcp", 17002, _iperf)
 HTTP = Service("http", "tcp", 17003, _http)
 ECHO = Service("echo", "tcp", 17004, _agent("serve_tcp"))
+ECHO_2 = Service("echo-2", "tcp", 17007, _agent("serve_tcp"))
 UDP_ECHO = Service("udp-echo", "udp", 17005, _agent("serve_udp_echo"))
 UDP_SINK = Service("udp-sink", "udp", 17006, _agent("serve_udp_sink"))
 
@@ -116,7 +117,7 @@ def run(aim: Aim, command: Sequence[str], limit: float) -> str:
 def agent(aim: Aim, verb: str, seconds: float, **options: float) -> Result:
     """One of our own generators (bench/agent.py)."""
     text = json.dumps({"host": aim.host, "port": aim.port, "seconds": seconds, **options})
-    output = run(aim, [sys.executable, "-m", "bench.agent", verb, text], 3 * seconds + 30)
+    output = run(aim, [sys.executable, "-m", "bench.agent", verb, text], 2 * seconds + 15)
     result: Result = json.loads(output)
     return result
 
@@ -141,7 +142,7 @@ def redis_get(aim: Aim, seconds: float, *, pipeline: int) -> Result:
             "redis-benchmark", "-h", aim.host, "-p", str(aim.port), "-t", "get", "-c", "50",
             "-P", str(pipeline), "-n", str(requests), "--csv",
         ],
-        30 * seconds,
+        8 * seconds + 10,
     )  # fmt: skip
     row = next(csv.DictReader(io.StringIO(output[output.index('"test"') :])))
     return {
@@ -196,6 +197,11 @@ def fairness(aim: Aim, seconds: float) -> Result:
     """A 64-byte ping-pong beside a bulk stream."""
     result = _delivered(agent(aim, "tcp_beside_bulk", seconds, size=64))
     return result | {"gbits": 8 * result["bytes"] / result["bulk_seconds"] / 1e9}
+
+
+def connects(aim: Aim, seconds: float) -> Result:
+    """Short connections one after the other: units are those that were answered."""
+    return _delivered(agent(aim, "connect_loop", seconds, every_ms=0))
 
 
 def _delivered(result: Result) -> Result:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,17 @@ Starter = Callable[[Place, Sequence[Route], Path], list[Program]]
 
 
 @dataclass(frozen=True)
+class Changing:
+    """How a peer whose route can change while it runs is started, and how it changes.
+
+    `start` gets both routes and takes the first; `change` is called with each in turn.
+    """
+
+    start: Starter
+    change: Callable[[Relay, Route], None]
+
+
+@dataclass(frozen=True)
 class Peer:
     """`programs` must exist; `start` returns the running relay's programs (none: no relay at all)."""
 
@@ -47,6 +59,8 @@ class Peer:
     version: tuple[str, ...]
     start: Starter
     note: str = ""
+    rows: frozenset[str] = frozenset()  # the only ones it takes part in
+    changing: Changing | None = None
 
     def missing(self) -> str | None:
         return next((path for path in self.programs if not Path(path).exists()), None)
@@ -63,13 +77,21 @@ class Peer:
 class Relay:
     """A peer that runs, with its routes open."""
 
-    def __init__(self, peer: Peer, place: Place, routes: Sequence[Route], directory: Path) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        place: Place,
+        routes: Sequence[Route],
+        directory: Path,
+        start: Starter | None = None,
+    ) -> None:
         missing = peer.missing()
         if missing:
             raise Failed(f"not installed: {missing}")
         directory.mkdir(parents=True, exist_ok=True)
+        self.place, self.directory = place, directory
         self.routes = routes
-        self.programs = peer.start(place, routes, directory)
+        self.programs = (start or peer.start)(place, routes, directory)
 
     def wait(self) -> None:
         """Until all its ports are open; stops it and raises if that does not happen."""
@@ -104,15 +126,37 @@ def _direct(place: Place, routes: Sequence[Route], directory: Path) -> list[Prog
     return []
 
 
-def _ambassador(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
+def _ambassador(
+    place: Place, routes: Sequence[Route], directory: Path, *, workers: int = 1
+) -> list[Program]:
     arguments = [f"{route.port}/{route.protocol}={route.host}:{route.to}" for route in routes]
-    command = [*place.relay, sys.executable, "-m", "ambassador", "relay", *arguments]
+    options = ["-workers", str(workers)]
+    command = [*place.relay, sys.executable, "-m", "ambassador", "relay", *options, *arguments]
     return [Program(command, directory / "log", {**os.environ, "PYTHONPATH": str(ROOT)})]
+
+
+def _ambassador_changing(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
+    backends = [f"{route.host}:{route.to}" for route in routes]
+    command = [sys.executable, "-m", "bench.repoint", str(routes[0].port), *backends]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return [Program([*place.relay, *command], directory / "log", environment)]
+
+
+def _ambassador_change(relay: Relay, route: Route) -> None:
+    del route  # it knows
+    os.kill(relay.pids[0], signal.SIGUSR1)
 
 
 def _haproxy(
     place: Place, routes: Sequence[Route], directory: Path, *, auto: bool = False
 ) -> list[Program]:
+    config = _haproxy_config(place, routes, directory, auto=auto)
+    return [Program([*place.relay, "/usr/sbin/haproxy", "-db", "-f", config], directory / "log")]
+
+
+def _haproxy_config(
+    place: Place, routes: Sequence[Route], directory: Path, *, auto: bool = False
+) -> str:
     lines = [
         "global",
         "  nbthread 1",
@@ -136,11 +180,35 @@ def _haproxy(
             f"  bind {place.relay_address}:{route.port}",
             f"  server s {route.host}:{route.to}",
         ]
-    config = _write(directory / "haproxy.cfg", lines)
-    return [Program([*place.relay, "/usr/sbin/haproxy", "-db", "-f", config], directory / "log")]
+    return _write(directory / "haproxy.cfg", lines)
+
+
+def _haproxy_changing(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
+    config = _haproxy_config(place, routes[:1], directory)
+    return [Program([*place.relay, "/usr/sbin/haproxy", "-W", "-f", config], directory / "log")]
+
+
+def _haproxy_change(relay: Relay, route: Route) -> None:
+    _haproxy_config(relay.place, [route], relay.directory)
+    os.kill(relay.pids[0], signal.SIGUSR2)
 
 
 def _nginx(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
+    config = _nginx_config(place, routes, directory)
+    command = ["/usr/sbin/nginx", "-p", str(directory), "-e", f"{directory}/errors", "-c", config]
+    return [Program([*place.relay, *command], directory / "log")]
+
+
+def _nginx_changing(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
+    return _nginx(place, routes[:1], directory)
+
+
+def _nginx_change(relay: Relay, route: Route) -> None:
+    _nginx_config(relay.place, [route], relay.directory)
+    os.kill(relay.pids[0], signal.SIGHUP)
+
+
+def _nginx_config(place: Place, routes: Sequence[Route], directory: Path) -> str:
     lines = [
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;",
         "daemon off;",
@@ -161,9 +229,7 @@ def _nginx(place: Place, routes: Sequence[Route], directory: Path) -> list[Progr
             f"  server {{ listen {place.relay_address}:{route.port}{kind}; "
             f"proxy_pass {route.host}:{route.to}; proxy_timeout {wait}s; }}"
         )
-    config = _write(directory / "nginx.conf", [*lines, "}"])
-    command = ["/usr/sbin/nginx", "-p", str(directory), "-e", f"{directory}/errors", "-c", config]
-    return [Program([*place.relay, *command], directory / "log")]
+    return _write(directory / "nginx.conf", [*lines, "}"])
 
 
 def _socat(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
@@ -329,10 +395,16 @@ PEERS = {
         Peer(
             "ambassador", _BOTH, (sys.executable,),
             (sys.executable, "-m", "ambassador", "-version"), _ambassador, "one worker",
+            changing=Changing(_ambassador_changing, _ambassador_change),
+        ),
+        Peer(
+            "ambassador-2", _BOTH, (sys.executable,), (), partial(_ambassador, workers=2),
+            "-workers 2; no peer to itself", rows=frozenset({"redis1", "http", "udp64"}),
         ),
         Peer(
             "haproxy", _TCP, ("/usr/sbin/haproxy",), ("/usr/sbin/haproxy", "-v"), _haproxy,
             "splice both ways, pipes of 1 MB, one thread",
+            changing=Changing(_haproxy_changing, _haproxy_change),
         ),
         Peer(
             "haproxy-auto", _TCP, ("/usr/sbin/haproxy",), ("/usr/sbin/haproxy", "-v"),
@@ -341,6 +413,7 @@ PEERS = {
         Peer(
             "nginx", _BOTH, ("/usr/sbin/nginx", "/usr/lib/nginx/modules/ngx_stream_module.so"),
             ("/usr/sbin/nginx", "-v"), _nginx, "stream, one worker process, buffers of 64 KB",
+            changing=Changing(_nginx_changing, _nginx_change),
         ),
         Peer(
             "docker-proxy", _BOTH, ("/usr/sbin/docker-proxy",),

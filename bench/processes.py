@@ -16,6 +16,10 @@ class Failed(Exception):
     """A program did not start, or gave no result."""
 
 
+class NotMeant(Failed):
+    """The row means nothing for this peer; the text says why."""
+
+
 class Program:
     """One program in the background, its output in a file."""
 
