@@ -125,7 +125,7 @@ def agent(aim: Aim, verb: str, seconds: float, **options: float) -> Result:
 def bulk(aim: Aim, seconds: float, *, streams: int = 1, reverse: bool = False) -> Result:
     """iperf3: units are bytes."""
     command = ["iperf3", "-J", "-c", aim.host, "-p", str(aim.port)]
-    command += ["-t", f"{seconds:.0f}", "-P", str(streams)]
+    command += ["-t", f"{max(1.0, seconds):.0f}", "-P", str(streams)]
     report = json.loads(run(aim, command + ["-R"] * reverse, seconds + 15))
     if "error" in report:
         raise Failed(f"iperf3: {report['error']}")
@@ -135,7 +135,7 @@ def bulk(aim: Aim, seconds: float, *, streams: int = 1, reverse: bool = False) -
 
 def redis_get(aim: Aim, seconds: float, *, pipeline: int) -> Result:
     """redis-benchmark: a fixed number of GETs over 50 connections, about `seconds` long."""
-    requests = int((45_000 if pipeline == 1 else 500_000) * seconds)
+    requests = int((30_000 if pipeline == 1 else 400_000) * seconds)
     output = run(
         aim,
         [
@@ -158,7 +158,8 @@ def http_close(aim: Aim, seconds: float) -> Result:
     output = run(
         aim,
         [
-            "wrk", "-t", "1", "-c", "50", "-d", f"{seconds:.0f}s", "--latency", "-H", "Connection: close",
+            "wrk", "-t", "1", "-c", "50", "-d", f"{max(1.0, seconds):.0f}s", "--latency",
+            "-H", "Connection: close",
             f"http://{aim.host}:{aim.port}/",
         ],
         seconds + 15,

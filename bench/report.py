@@ -9,19 +9,24 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from bench.rows import Metric, Row
+from bench.peers import PEERS
+from bench.rows import ROWS, Metric, Row
 from bench.run import Cell, Run
 
 OURS = "ambassador"
+OURS_2 = "ambassador-2"
 BASE = "direct"
 
 
 def write(run: Run, folder: Path) -> list[Path]:
     """The paths written."""
     folder.mkdir(parents=True, exist_ok=True)
+    run.machine = run.machine or _machine()
     written = {
         "results.json": json.dumps(_record(run), indent=1),
         "results.md": _markdown(run),
@@ -32,12 +37,31 @@ def write(run: Run, folder: Path) -> list[Path]:
     return [folder / name for name in written]
 
 
+def redraw(folder: Path) -> list[Path]:
+    """The table and the picture again, from the record of an earlier run."""
+    record = json.loads((folder / "results.json").read_text())
+    run = Run(
+        rows=[ROWS[name] for name in record["rows"] if name in ROWS],
+        peers=list(PEERS.values()),
+        rounds=record["rounds"],
+        directory=folder,
+        started=datetime.datetime.fromisoformat(record["started"]).timestamp(),
+        seconds=record["seconds"],
+        machine=record["machine"],
+    )
+    for name, cells in record["rows"].items():
+        run.cells[name] = {peer: Cell(**cell) for peer, cell in cells.items()}
+    (folder / "results.md").write_text(_markdown(run) + "\n")
+    (folder / "results.svg").write_text(_picture(run) + "\n")
+    return [folder / "results.md", folder / "results.svg"]
+
+
 # ------------------------------------------------------------------------------------------ record
 
 
 def _record(run: Run) -> dict[str, object]:
     return {
-        "machine": _machine(),
+        "machine": run.machine,
         "started": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
             timespec="seconds"
         ),
@@ -47,7 +71,7 @@ def _record(run: Run) -> dict[str, object]:
         "configurations": {peer.name: peer.note for peer in run.peers},
         "rows": {
             name: {
-                peer: {"samples": cell.samples, "faults": cell.faults}
+                peer: {"samples": cell.samples, "faults": cell.faults, "remarks": cell.remarks}
                 for peer, cell in cells.items()
             }
             for name, cells in run.cells.items()
@@ -55,7 +79,7 @@ def _record(run: Run) -> dict[str, object]:
     }
 
 
-def _machine() -> dict[str, object]:
+def _machine() -> dict[str, Any]:
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -106,7 +130,7 @@ def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | Non
     found: list[tuple[float, str]] = []
     for name, cell in cells.items():
         value = median(cell, metric.key)
-        if name not in (OURS, BASE) and value is not None and not cell.faults:
+        if name not in (OURS, OURS_2, BASE) and value is not None and not cell.faults:
             found.append((value, name))
     if not found:
         return None
@@ -115,7 +139,7 @@ def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | Non
 
 
 def _markdown(run: Run) -> str:
-    machine = _machine()
+    machine = run.machine
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).date()
     lines = [
         "# Results",
@@ -133,6 +157,7 @@ def _markdown(run: Run) -> str:
     lines.append("|---|---|---:|---:|---:|---:|")
     for row in rows:
         lines += _summary(row, run.cells[row.name])
+    lines += _workers(run, rows)
     for row in rows:
         lines += ["", f"## {row.title}", "", *_table(row, run.cells[row.name])]
     return "\n".join(lines)
@@ -156,6 +181,22 @@ def _summary(row: Row, cells: dict[str, Cell]) -> list[str]:
     return lines
 
 
+def _workers(run: Run, rows: Sequence[Row]) -> list[str]:
+    """One worker against two, where both were measured."""
+    lines = []
+    for row in rows:
+        cells = run.cells[row.name]
+        for metric in row.all_metrics if OURS in cells and OURS_2 in cells else ():
+            one, two = median(cells[OURS], metric.key), median(cells[OURS_2], metric.key)
+            if one and two:
+                figures = f"{_figure(metric, one)} | {_figure(metric, two)} | {two / one:.2f}x"
+                lines.append(f"| {row.title} | {metric.unit} | {figures} |")
+    if not lines:
+        return []
+    head = ["", "## One worker and two (`-workers 2`)", ""]
+    return [*head, "| row | figure | 1 | 2 | ratio |", "|---|---|---:|---:|---:|", *lines]
+
+
 def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
     metrics = row.all_metrics
     lines = [
@@ -166,7 +207,11 @@ def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
         figures = []
         for metric in metrics:
             value = median(cell, metric.key)
-            if value is None or (name == BASE and metric.key == "cpu"):
+            if name == BASE and metric.key == "cpu":
+                figures.append("")
+            elif value is None and cell.remarks:
+                figures.append("n/a")
+            elif value is None:
                 figures.append("")
             elif len(cell.samples) > 1 and value:
                 figures.append(
@@ -174,7 +219,9 @@ def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
                 )
             else:
                 figures.append(_figure(metric, value))
-        lines.append(f"| {name} | {' | '.join(figures)} | {'; '.join(cell.faults)} |")
+        lines.append(
+            f"| {name} | {' | '.join(figures)} | {'; '.join([*cell.faults, *cell.remarks])} |"
+        )
     return lines
 
 
@@ -184,56 +231,150 @@ def _figure(metric: Metric, value: float) -> str:
 
 # ----------------------------------------------------------------------------------------- picture
 
-_WIDTH, _PANEL, _BAR, _LABEL, _COLUMNS = 960, 310, 16, 96, 3
-_STYLE = (
-    "text{font:12px sans-serif;fill:#222}.t{font-weight:bold}.p{fill:#b8c0c8}.a{fill:#c0392b}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}.p{fill:#5b6670}.a{fill:#e8604f}}"
-)
+_WIDTH, _MARGIN, _COLUMNS, _GAP = 1000, 20, 2, 24
+_PANEL = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) // _COLUMNS
+_LABEL, _NUMBERS, _BAR, _HEAD = 104, 136, 18, 50  # names, figures, a bar's line, a panel's title
+_TOP, _FOOT = 84, 34
+_GOOD, _LEVEL = 0.98, 1.02  # of the best peer: ahead below the one, behind above the other
+_LIGHT = {
+    "bg": "#ffffff", "card": "#f6f8fa", "ink": "#1f2328", "dim": "#59636e", "peer": "#a9b4c0",
+    "ours": "#0969da", "ahead": "#1a7f37", "level": "#59636e", "behind": "#bc4c00",
+}  # fmt: skip
+_DARK = {
+    "bg": "#0d1117", "card": "#161b22", "ink": "#e6edf3", "dim": "#9198a1", "peer": "#4d5763",
+    "ours": "#4493f8", "ahead": "#3fb950", "level": "#9198a1", "behind": "#f0883e",
+}  # fmt: skip
+
+
+def _style() -> str:
+    def colours(of: dict[str, str]) -> str:
+        fills = "".join(f".{name}{{fill:{colour}}}" for name, colour in of.items())
+        return fills + f".mark{{stroke:{of['dim']}}}.v{{stroke:{of['card']}}}"
+
+    return (
+        "text{font:12.5px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}"
+        ".h{font-size:19px;font-weight:600}.t{font-size:14px;font-weight:600}.s{font-size:11.5px}"
+        ".b{font-weight:600}.r{text-anchor:end}"
+        ".v{paint-order:stroke;stroke-width:5px;stroke-linejoin:round}"
+        ".mark{stroke-width:1.2;stroke-dasharray:3 2}"
+        f"{colours(_LIGHT)}@media(prefers-color-scheme:dark){{{colours(_DARK)}}}"
+    )
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A row's group of bars, the shortest first, and the best peer's figure."""
+
+    row: Row
+    metric: Metric
+    values: list[tuple[str, float]]
+    cells: dict[str, Cell]
+    best: float | None
+
+    @property
+    def height(self) -> int:
+        return _HEAD + _BAR * len(self.values) + 12
+
+
+def _panels(run: Run) -> list[_Panel]:
+    panels = []
+    for row in run.rows:
+        cells = run.cells.get(row.name, {})
+        for metric in row.all_metrics:
+            if metric.key != row.bar:
+                continue
+            values = [
+                (name, value)
+                for name, cell in cells.items()
+                if name != BASE and (value := median(cell, metric.key)) is not None
+            ]
+            best = best_peer(cells, metric)
+            values.sort(key=lambda item: (bool(cells[item[0]].faults), item[1]))
+            if values:
+                panels.append(_Panel(row, metric, values, cells, best[1] if best else None))
+    return panels
 
 
 def _picture(run: Run) -> str:
-    """One small bar chart for each row with a CPU figure: less is better."""
-    panels: list[tuple[Row, Metric, list[tuple[str, float]]]] = []
-    for row in run.rows:
-        metric = row.all_metrics[-1]
-        cells = run.cells.get(row.name, {})
-        values = [
-            (name, value)
-            for name, cell in cells.items()
-            if name != BASE and (value := median(cell, metric.key)) is not None
-        ]
-        if values and metric.key == "cpu":
-            panels.append((row, metric, sorted(values, key=lambda item: item[1])))
-    y, parts = 34, []
+    """A group of bars for each row, less is better: CPU time, or what else its `bar` says."""
+    panels = _panels(run)
+    y, parts = _TOP, []
     for start in range(0, len(panels), _COLUMNS):
         group = panels[start : start + _COLUMNS]
+        tallest = max(panel.height for panel in group)
         for column, panel in enumerate(group):
-            parts += _bars(*panel, x=10 + column * (_PANEL + 5), y=y)
-        y += 40 + _BAR * max(len(values) for _, _, values in group)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" role="img"'
-        f' aria-label="CPU time per unit of work, for each row and relay"><style>{_STYLE}</style>'
-        '<text class="t" x="10" y="18">The relay\'s CPU time per unit of work (shorter is better)</text>'
-    )
-    return "\n".join([head, *parts, "</svg>"])
-
-
-def _bars(
-    row: Row, metric: Metric, values: Sequence[tuple[str, float]], x: int, y: int
-) -> list[str]:
-    longest = max(value for _, value in values) or 1.0
-    parts = [
-        f'<text class="t" x="{x}" y="{y + 12}">{escape(row.title)}, {escape(metric.unit)}</text>'
+            parts += _group(panel, _MARGIN + column * (_PANEL + _GAP), y, tallest)
+        y += tallest + 14
+    machine = run.machine
+    date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).date()
+    where = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, {date}"
+    height = y + _FOOT
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"'
+        f' aria-label="What each relay costs, for each row"><style>{_style()}</style>',
+        f'<rect class="bg" width="{_WIDTH}" height="{height}"/>',
+        _text(_MARGIN, 34, "What a relay costs", "h ink"),
+        _text(_MARGIN, 56, _CAPTION, "dim"),
     ]
-    for index, (name, value) in enumerate(values):
-        top = y + 18 + index * _BAR
-        width = max(1.0, (_PANEL - _LABEL - 60) * value / longest)
-        kind = "a" if name == OURS else "p"
-        parts.append(f'<text x="{x}" y="{top + 12}">{escape(name)}</text>')
+    return "\n".join([*head, *parts, _text(_MARGIN, y + 16, where, "s dim"), "</svg>"])
+
+
+_CAPTION = (
+    "CPU time per unit of work, or what else the group says: shorter is better. Dashed: the best peer."
+    " Right: what it did. Faint: at fault."
+)
+
+
+def _group(panel: _Panel, x: int, y: int, height: int) -> list[str]:
+    row, metric = panel.row, panel.metric
+    other = next((one for one in row.all_metrics if one.key != metric.key), metric)
+    parts = [
+        f'<rect class="card" x="{x}" y="{y}" width="{_PANEL}" height="{height}" rx="8"/>',
+        _text(x + 12, y + 21, row.title, "t ink"),
+        _text(x + 12, y + 39, metric.unit, "s dim"),
+        _text(x + _PANEL - 12, y + 39, other.unit, "s dim r"),
+    ]
+    ours = dict(panel.values).get(OURS)
+    if ours is not None and panel.best:
+        ratio = ours / panel.best
+        kind = "ahead" if ratio < _GOOD else "behind" if ratio > _LEVEL else "level"
+        words = f"{ratio:.2f}\u00d7 the best peer"
+        parts.append(_text(x + 12 + _LABEL, y + 39, words, f"b {kind}"))
+    room = _PANEL - _LABEL - _NUMBERS - 24
+    # One peer far behind must not flatten the others: its bar is cut, its figure is not.
+    middle = statistics.median(value for _, value in panel.values)
+    longest = min(max(value for _, value in panel.values), 3 * middle) or 1.0
+    left, top = x + 12 + _LABEL, y + _HEAD
+    if panel.best:  # first, so that figures stand before it
+        at = left + room * min(1.0, panel.best / longest)
+        bottom = top + _BAR * len(panel.values)
         parts.append(
-            f'<rect class="{kind}" x="{x + _LABEL}" y="{top + 2}" width="{width:.1f}" height="{_BAR - 4}"/>'
+            f'<line class="mark" x1="{at:.1f}" y1="{top - 2}" x2="{at:.1f}" y2="{bottom}"/>'
         )
-        parts.append(
-            f'<text x="{x + _LABEL + width + 4:.1f}" y="{top + 12}">{_figure(metric, value)}</text>'
-        )
+    for index, (name, value) in enumerate(panel.values):
+        line = top + index * _BAR
+        width = max(1.5, room * min(1.0, value / longest))
+        mine = name in (OURS, OURS_2)
+        faint = ' opacity="0.45"' if panel.cells[name].faults else ""
+        ink = "b ours" if mine else "ink"
+        figure = _short(metric, value) + " \u2192" * (value > longest)
+        parts += [
+            f"<g{faint}>",
+            _text(x + 12, line + 13, name, ink),
+            f'<rect class="{"ours" if mine else "peer"}" x="{left}" y="{line + 2}" width="{width:.1f}"'
+            f' height="{_BAR - 5}" rx="2"/>',
+            _text(left + width + 6, line + 13, figure, f"v {ink}"),
+        ]
+        done = median(panel.cells[name], other.key)
+        if done is not None:
+            parts.append(_text(x + _PANEL - 12, line + 13, _short(other, done), "dim r"))
+        parts.append("</g>")
     return parts
+
+
+def _short(metric: Metric, value: float) -> str:
+    return f"{value:,.{metric.digits if abs(value) < 100 else 0}f}"
+
+
+def _text(x: float, y: float, words: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}">{escape(words)}</text>'

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,11 @@ from bench import loads
 from bench.loads import Aim, Result, Service
 from bench.peers import Peer, Relay
 from bench.places import Place
+from bench.processes import Program
+
+START_S = 2.0  # of a row: its service, and all its relays
+OVERHEAD_S = 0.3  # of a sample: starting the load tool, reading /proc, a pause
+WARM_UP = 0.4  # length of the round that is thrown away
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to take. `relay` runs already, but for special rows and where there is none."""
+    """One sample to take, of about `seconds`. `relay` runs already, but for special rows and where
+    there is none; so do `services`.
+    """
 
     row: Row
     peer: Peer
     place: Place
     relay: Relay | None
     directory: Path
-    scale: float
+    seconds: float
+    services: Sequence[Program] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Row:
     """`load` for about `seconds` against `service`, through each peer in turn.
 
     CPU is reported per `per` units of work. `rounds` overrides the command's number, `discard` the first
-    round's fate. A row of another kind than a load (memory, start-up) names its `special`.
+    round's fate. A row of another kind than a load (memory, start-up) names its `special`; its `seconds`
+    are then what a sample takes, not what it is asked to take.
     """
 
     name: str
@@ -48,7 +57,7 @@ class Row:
     service: Service
     metrics: tuple[Metric, ...]
     load: Callable[[Aim, float], Result] | None = None
-    seconds: float = 2.0
+    seconds: float = 1.0
     per: float = 1e6
     cpu_unit: str = "CPU s/M"
     place: str = "loopback"
@@ -59,7 +68,32 @@ class Row:
     alone: bool = (
         False  # each peer runs only for its own samples: ports would not do for all at once
     )
-    faults: tuple[str, ...] = field(default=("corrupt", "wrong", "twice", "lost"))
+    second: Service | None = None  # another one beside `service`
+    only: tuple[str, ...] = ()  # these peers alone
+    bar: str = "cpu"  # the figure in the picture
+
+    def takes(self, peer: Peer) -> bool:
+        """Whether the row has this peer."""
+        if self.service.protocol not in peer.protocols or (
+            peer.rows and self.name not in peer.rows
+        ):
+            return False
+        if self.place == "veth" and peer.name not in _VETH:
+            return False
+        return not self.only or peer.name in self.only
+
+    def sample_seconds(self, scale: float, *, discard: bool = False) -> float:
+        """How long a sample is asked to be."""
+        if self.special:
+            return self.seconds
+        return max(0.3, self.seconds * scale * (WARM_UP if discard else 1))
+
+    def estimate(self, peers: Sequence[Peer], rounds: int, scale: float) -> float:
+        """Seconds that the row takes, about."""
+        each = (self.rounds or rounds) * (self.sample_seconds(scale) + OVERHEAD_S)
+        if self.discard:
+            each += self.sample_seconds(scale, discard=True) + OVERHEAD_S
+        return START_S + each * sum(self.takes(peer) for peer in peers)
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
@@ -75,6 +109,22 @@ _P99 = Metric("p99", "p99 us", more=False)
 _P999 = Metric("p999", "p99.9 us", more=False)
 _ERRORS = Metric("errors", "errors", more=False, digits=0)
 _LOST = Metric("lost", "lost", more=False, digits=0)
+
+
+_MANY = (
+    "direct",
+    "ambassador",
+    "haproxy",
+    "nginx",
+    "docker-proxy",
+    "envoy",
+    "socket-proxyd",
+    "traefik",
+)
+_VETH = ("direct", "ambassador", "haproxy", "haproxy-auto", "nginx", "docker-proxy", "envoy")
+_FIRST = ("direct", "ambassador", "haproxy", "haproxy-auto", "nginx")
+FLAT = (10, 9000)
+"""Connections: cost per operation from the first to the last of these should be flat."""
 
 
 def _bulk(
@@ -115,6 +165,7 @@ def _connections(count: int) -> Row:
         (_RATE,),
         load,
         slow=True,
+        only=_FIRST if count in FLAT else ("direct", "ambassador"),
     )
 
 
@@ -131,7 +182,7 @@ ROWS = {
         Row("http", "HTTP, Connection: close", loads.HTTP, (_RATE, _ERRORS), loads.http_close),
         Row(
             "http60", "HTTP, Connection: close, 60 s", loads.HTTP, (_RATE, _ERRORS), loads.http_close,
-            seconds=60, rounds=1, discard=False, slow=True,
+            seconds=60, rounds=1, discard=False, slow=True, only=("ambassador", "haproxy", "nginx"),
         ),
         _udp("udp64", "UDP echo, 64 B, 50 sockets x 8", sockets=50, depth=8, size=64),
         _udp("udp1400", "UDP echo, 1400 B, 4 sockets x 64", sockets=4, depth=64, size=1400),
@@ -142,7 +193,7 @@ ROWS = {
         ),
         Row(
             "fair", "TCP ping-pong 64 B beside a bulk stream", loads.ECHO, (_P50, _P99, _GBITS),
-            loads.fairness,
+            loads.fairness, bar="p99",
         ),
         _connections(10),
         _connections(100),
@@ -160,7 +211,19 @@ ROWS = {
                 Metric("kernel", "kernel B each", more=False, digits=0),
                 Metric("switches", "wake-ups in 2 s", more=False, digits=0),
             ),
-            special="idle", rounds=1, discard=False,
+            special="idle", seconds=10, slow=True, only=_MANY, rounds=1, discard=False, bar="user",
+        ),
+        Row(
+            "repoint", "Short connections, the route changed 5 times a second", loads.ECHO,
+            (
+                _RATE,
+                Metric("refused", "refused", more=False, digits=0),
+                Metric("cut", "cut", more=False, digits=0),
+                _P99,
+                Metric("longest", "longest us", more=False, digits=0),
+                Metric("cpu", "CPU s/M", more=False, digits=2),
+            ),
+            special="repoint", seconds=2.4, second=loads.ECHO_2,
         ),
         *(
             Row(
@@ -170,7 +233,7 @@ ROWS = {
                     Metric("uss", "USS MB", more=False, digits=2),
                     Metric("pss", "PSS MB", more=False, digits=2),
                 ),
-                special="start",
+                special="start", seconds=1 + ports / 50, rounds=1, bar="pss", slow=ports == 10,
             )
             for ports in (1, 10, 100)
         ),

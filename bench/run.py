@@ -9,16 +9,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bench import measure, specials
 from bench.loads import Aim, Result
 from bench.peers import Peer, Relay, Route
 from bench.places import LOOPBACK, Place, veth
-from bench.processes import Failed
+from bench.processes import Failed, NotMeant
 from bench.rows import Job, Row
 
 FIRST_PORT = 17_200
 PAUSE_S = 0.1
+PATIENCE = 2.0  # times its estimate: what a row may take
+GRACE_S = 20.0  # on top of that
 
 
 @dataclass
@@ -27,10 +30,15 @@ class Cell:
 
     samples: list[Result] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # no fault of the peer's
 
     def fault(self, text: str) -> None:
         if text not in self.faults:
             self.faults.append(text)
+
+    def remark(self, text: str) -> None:
+        if text not in self.remarks:
+            self.remarks.append(text)
 
 
 @dataclass
@@ -40,12 +48,22 @@ class Run:
     rounds: int
     directory: Path
     scale: float = 1.0
+    minutes: float = 25.0
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
+    machine: dict[str, Any] = field(default_factory=dict)  # what it ran on, once it is written
+
+    def estimate(self) -> float:
+        """Seconds that all of it takes, about."""
+        return sum(row.estimate(self.peers, self.rounds, self.scale) for row in self.rows)
 
     def all(self) -> None:
         start = time.monotonic()
+        end = start + 60 * self.minutes
+        _say(
+            f"{len(self.rows)} rows, {self.rounds} rounds: about {self.estimate() / 60:.0f} minutes\n"
+        )
         try:
             with contextlib.ExitStack() as stack:
                 places: dict[str, Place] = {"loopback": LOOPBACK}
@@ -55,67 +73,106 @@ class Run:
                     else:
                         _say("the veth rows need root: left out\n")
                 for number, row in enumerate(self.rows, 1):
-                    if row.place in places:
-                        _say(
-                            f"[{time.monotonic() - start:5.0f} s] {number}/{len(self.rows)} {row.title}\n"
-                        )
-                        self._row(row, places[row.place])
+                    begun = time.monotonic()
+                    if row.place not in places:
+                        continue
+                    _say(f"[{begun - start:5.0f} s] {number}/{len(self.rows)} {row.title}\n")
+                    if begun > end:
+                        _say(f"    left out: {self.minutes:g} minutes are over\n")
+                        continue
+                    estimate = row.estimate(self.peers, self.rounds, self.scale)
+                    self._row(
+                        row, places[row.place], min(end, begun + PATIENCE * estimate + GRACE_S)
+                    )
         finally:
             self.seconds = time.monotonic() - start
 
-    def _row(self, row: Row, place: Place) -> None:
-        cells = self.cells[row.name] = {}
+    def _row(self, row: Row, place: Place, end: float) -> None:
+        peers = [peer for peer in self.peers if row.takes(peer)]
+        if not peers:
+            return
+        cells = self.cells[row.name] = {peer.name: Cell() for peer in peers}
         directory = self.directory / row.name
         directory.mkdir(parents=True, exist_ok=True)
-        peers = [peer for peer in self.peers if row.service.protocol in peer.protocols]
         with contextlib.ExitStack() as stack:
-            service = row.service.start(place, directory)
-            stack.callback(service.stop)
-            sampler = (
-                specials.SAMPLERS[row.special] if row.special else _alone if row.alone else _sample
-            )
-            running: dict[str, Relay | None] = {}
-            for index, peer in enumerate(peers):
-                cells[peer.name] = Cell()
-                if not row.special and not row.alone:
-                    port = FIRST_PORT + index
-                    route = Route(
-                        row.service.protocol, port, place.server_address, row.service.port
-                    )
-                    try:
-                        relay = Relay(peer, place, [route], directory / peer.name)
-                        relay.wait()
-                    except Failed as error:
-                        cells[peer.name].fault(str(error))
-                        continue
-                    stack.callback(relay.stop)
-                    running[peer.name] = relay
+            services = []
+            for service in (row.service, row.second):
+                if service:
+                    services.append(service.start(place, directory))
+                    stack.callback(services[-1].stop)
+            running: dict[str, Relay] = {}
+            if not row.special and not row.alone:
+                running = _start_all(row, place, peers, cells, directory, stack=stack)
             rounds = (row.rounds or self.rounds) + row.discard
             for number in range(rounds):
                 # Everyone is once first: whoever follows an idle pause has a cooler machine.
                 turn = number % len(peers)
+                seconds = row.sample_seconds(self.scale, discard=row.discard and number == 0)
                 for peer in (*peers[turn:], *peers[:turn]):
                     cell = cells[peer.name]
-                    if cell.faults and not cell.samples:
+                    if (cell.faults or cell.remarks) and not cell.samples:
                         continue
-                    try:
-                        sample = sampler(
-                            Job(row, peer, place, running.get(peer.name), directory, self.scale)
-                        )
-                    except Failed as error:
-                        cell.fault(str(error))
+                    if time.monotonic() > end:
+                        cell.remark("out of time: fewer samples")
                         continue
-                    finally:
-                        time.sleep(PAUSE_S)
-                    _check(cell, sample)
-                    cell.samples.append(sample | {"round": number})
-                    _progress(row, peer, number, rounds, sample)
-            if row.discard:
-                for cell in cells.values():
-                    cell.samples = [sample for sample in cell.samples if sample["round"] > 0]
-        for peer in peers:
-            for fault in cells[peer.name].faults:
-                _say(f"    {peer.name}: {fault}\n")
+                    relay = running.get(peer.name)
+                    _take(
+                        cell,
+                        Job(row, peer, place, relay, directory, seconds, services),
+                        number,
+                        rounds,
+                    )
+        if row.discard:
+            for cell in cells.values():
+                cell.samples = [sample for sample in cell.samples if sample["round"] > 0]
+        for name, cell in cells.items():
+            for text in (*cell.faults, *cell.remarks):
+                _say(f"    {name}: {text}\n")
+
+
+def _start_all(
+    row: Row,
+    place: Place,
+    peers: Sequence[Peer],
+    cells: dict[str, Cell],
+    directory: Path,
+    *,
+    stack: contextlib.ExitStack,
+) -> dict[str, Relay]:
+    """A relay for each peer, each at a port of its own; those that do not start have a fault."""
+    running = {}
+    for index, peer in enumerate(peers):
+        route = Route(
+            row.service.protocol, FIRST_PORT + index, place.server_address, row.service.port
+        )
+        try:
+            relay = Relay(peer, place, [route], directory / peer.name)
+            relay.wait()
+        except Failed as error:
+            cells[peer.name].fault(str(error))
+            continue
+        stack.callback(relay.stop)
+        running[peer.name] = relay
+    return running
+
+
+def _take(cell: Cell, job: Job, number: int, rounds: int) -> None:
+    """One sample into its cell."""
+    row = job.row
+    sampler = specials.SAMPLERS[row.special] if row.special else _alone if row.alone else _sample
+    try:
+        sample = sampler(job)
+    except NotMeant as reason:
+        cell.remark(f"n/a: {reason}")
+        return
+    except Failed as error:
+        cell.fault(str(error))
+        return
+    finally:
+        time.sleep(PAUSE_S)
+    _check(cell, sample)
+    cell.samples.append(sample | {"round": number})
+    _progress(row, job.peer, number, rounds, sample)
 
 
 def _sample(job: Job) -> Result:
@@ -125,9 +182,8 @@ def _sample(job: Job) -> Result:
     pids = relay.pids if relay else []
     aim = Aim(place, place.relay_address, relay.routes[0].port) if pids and relay else None
     aim = aim or Aim(place, place.server_address, row.service.port)
-    seconds = max(1.0, row.seconds * job.scale)
     before = measure.cpu_seconds(pids)
-    result = row.load(aim, seconds)
+    result = row.load(aim, job.seconds)
     used = measure.cpu_seconds(pids) - before
     if result["units"]:
         result["cpu"] = used / result["units"] * row.per
@@ -149,6 +205,8 @@ def _alone(job: Job) -> Result:
 
 
 def _check(cell: Cell, sample: Result) -> None:
+    if sample.get("opened", specials.IDLE_CONNECTIONS) < specials.IDLE_CONNECTIONS:
+        cell.fault(f"opened only {sample['opened']:,.0f} connections")
     for fault in ("corrupt", "wrong", "twice"):
         if sample.get(fault):
             words = {"corrupt": "corrupts datagrams", "wrong": "answers reach the wrong client"}

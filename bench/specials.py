@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 from bench import measure
-from bench.loads import PATH, Result
-from bench.peers import ROOT, Relay, Route
+from bench.loads import PATH, Aim, Result, connects
+from bench.peers import ROOT, Changing, Relay, Route
 from bench.places import Place
-from bench.processes import Failed
+from bench.processes import Failed, NotMeant
 from bench.rows import Job
 
 IDLE_CONNECTIONS = 9_000
 IDLE_S = 2.0
+CHANGE_S = 0.2
+REPOINT_S = 2.0
+SHARE = 0.2  # of the work that each of two backends must get, if the route really changes
 SPECIAL_PORT = 18_700
 MB = 1e6
 
@@ -78,7 +83,7 @@ def start(job: Job) -> Result:
     row, peer, place = job.row, job.peer, job.place
     ports = int(row.name.removeprefix("start"))
     if peer.name == "direct":
-        raise Failed("no relay to start")
+        raise NotMeant("no relay to start")
     host = place.server_address
     routes = [
         Route("tcp", SPECIAL_PORT + number, host, row.service.port) for number in range(ports)
@@ -101,6 +106,52 @@ def start(job: Job) -> Result:
     }
 
 
+def repoint(job: Job) -> Result:
+    """Short connections while the route goes back and forth between two backends.
+
+    Without a relay there is nothing to change: that is what the load and the backends can do.
+    """
+    row, place, changing = job.row, job.place, job.peer.changing
+    assert row.second is not None
+    host = place.server_address
+    routes = [
+        Route("tcp", SPECIAL_PORT, host, port) for port in (row.service.port, row.second.port)
+    ]
+    if job.peer.name == "direct":
+        return connects(Aim(place, host, row.service.port), REPOINT_S)
+    if changing is None:
+        raise NotMeant("its route is fixed when it starts")
+    relay = Relay(job.peer, place, routes, job.directory / job.peer.name, changing.start)
+    relay.wait()
+    done = threading.Event()
+    thread = threading.Thread(target=_change, args=(changing, relay, routes, done))
+    works = [measure.cpu_seconds([service.pid]) for service in job.services]
+    before = measure.cpu_seconds(relay.pids)
+    try:
+        thread.start()
+        result = connects(Aim(place, place.relay_address, SPECIAL_PORT), REPOINT_S)
+    finally:
+        done.set()
+        thread.join()
+        used = measure.cpu_seconds(relay.pids) - before
+        relay.stop()
+    first, second = (
+        measure.cpu_seconds([service.pid]) - work
+        for service, work in zip(job.services, works, strict=True)
+    )
+    share = second / (first + second) if first + second else 0.0
+    if not SHARE < share < 1 - SHARE:
+        raise Failed(f"the route does not follow: {100 * share:.0f} % to the second backend")
+    result |= {"cpu_seconds": used, "second_backend": share}
+    return result | ({"cpu": used / result["units"] * row.per} if result["units"] else {})
+
+
+def _change(changing: Changing, relay: Relay, routes: list[Route], done: threading.Event) -> None:
+    turns = itertools.cycle([*routes[1:], routes[0]])
+    while not done.wait(CHANGE_S):
+        changing.change(relay, next(turns))
+
+
 def _first_answer(host: str, port: int) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -118,4 +169,5 @@ def _first_answer(host: str, port: int) -> None:
 SAMPLERS: dict[str, Callable[[Job], Result]] = {
     "idle": idle,
     "start": start,
+    "repoint": repoint,
 }
