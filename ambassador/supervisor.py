@@ -1,7 +1,7 @@
 """The parent's loop: brings what runs to what is desired, and keeps it there.
 
     wait -> dispatch (wake, nursery, a worker's pipe) -> signals -> reconcile -> start what is due
-         -> kill what is overdue
+         -> kill what is overdue -> report what was lost
 
 Invariants:
 
@@ -34,12 +34,15 @@ from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
 from ambassador.post import Post, Seat
 from ambassador.reconcile import Repoint, Start, Stop, plan
 from ambassador.status import port_owner
-from ambassador.worker import Handle
+from ambassador.worker import LOSSES, Handle
 
 log = logging.getLogger(__name__)
 
 BIND_RETRY_S = 1.0
 STUCK_NURSERY_RETRY_S = 0.2
+REPORT_S = 5.0
+"""How often the counters are looked at for losses, so that each is in the log, and a flood is few lines."""
+
 KILL_GRACE_S = 0.25
 """Past its deadline a draining worker gets this long before SIGKILL."""
 
@@ -83,6 +86,7 @@ class Supervisor:
         self._signals: deque[int] = deque()
         self._changed = True
         self._draining = False
+        self._report_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -112,6 +116,7 @@ class Supervisor:
             self._reconcile()
             self._start_due()
             self._kill_overdue()
+            self._report_losses()
         self._nursery.close()
         return 0
 
@@ -126,6 +131,8 @@ class Supervisor:
             if seat.due is not None
         ]
         moments += [leaver.kill_at for leaver in self._leavers]
+        if self._posts:
+            moments.append(self._report_at)
         if self._changed:
             return 0
         return max(min(moments) - time.monotonic(), 0) if moments else None
@@ -289,6 +296,7 @@ class Supervisor:
                 handle.close()
                 return
         post = self._posts[handle.listener]
+        self._tell_losses(post, handle)
         delay = post.seat_of(handle).lose(time.monotonic())
         fields = {"port": post.listener.port, "protocol": post.listener.protocol.value}
         fields |= {"pid": handle.pid, "reason": how, "replaced_in": f"{delay:g}s"}
@@ -333,6 +341,21 @@ class Supervisor:
             if fd >= 0 and fd in self._selector.get_map():
                 self._selector.unregister(fd)
 
+    # -- losses
+
+    def _report_losses(self) -> None:
+        now = time.monotonic()
+        if now < self._report_at:
+            return
+        self._report_at = now + REPORT_S
+        for post in self._posts.values():
+            for worker in post.workers:
+                self._tell_losses(post, worker)
+
+    def _tell_losses(self, post: Post, worker: Handle) -> None:
+        for name, count in worker.losses().items():
+            log.warning("%s", LOSSES[name], extra={"fields": post.fields() | {"count": count}})
+
     # -- ending
 
     def _dismiss(self, post: Post, deadline_ms: int) -> None:
@@ -340,6 +363,7 @@ class Supervisor:
         post.close()
         kill_at = time.monotonic() + deadline_ms / 1000 + KILL_GRACE_S
         for worker in post.workers:
+            self._tell_losses(post, worker)
             worker.drain(deadline_ms)
             self._await_pipe(worker)
             self._leavers.append(_Leaver(worker, kill_at))

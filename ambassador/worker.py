@@ -41,6 +41,19 @@ EXIT_BROKEN = 70
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": 1, "backends": 2}
 _FIRST_COUNTER = 8
+LOSSES = {
+    "rejected": "connections had no backend within the hold window",
+    "no_local_port": "connections found no local port towards the backend",
+    "no_descriptor": "times a descriptor or memory was lacking",
+    "dropped_no_backend": "datagrams had no backend within the hold window",
+    "dropped_no_session": "datagrams of new clients found no room for a session",
+    "dropped_truncated": "datagrams were larger than any can be",
+    "dropped_send_to_backend": "datagrams were refused by the kernel on their way to the backend",
+    "dropped_send_to_client": "datagrams were refused by the kernel on their way to a client",
+    "sessions_evicted": "sessions were ended to make room for others",
+}
+"""Counters that somebody should hear of when they rise, and what they count."""
+
 _START, _DRAIN = int(RecordType.START), int(RecordType.DRAIN)
 
 
@@ -64,6 +77,7 @@ class Handle:
         os.set_blocking(self._control_write, False)
         self._unsent = bytearray()
         self._next: Repoint | None = None
+        self._known_losses: dict[str, int] = {}
         self._enqueue(start)
         self.repoint(repoint)
 
@@ -125,6 +139,17 @@ class Handle:
         for place, name in enumerate(COUNTERS[self.listener.protocol], _FIRST_COUNTER):
             values[name] = self._words[place]
         return values
+
+    def losses(self) -> Mapping[str, int]:
+        """What was lost since the last call, by counter; empty when nothing was."""
+        now = self.counters()
+        risen = {
+            name: now[name] - self._known_losses.get(name, 0)
+            for name in LOSSES
+            if now.get(name, 0) > self._known_losses.get(name, 0)
+        }
+        self._known_losses |= {name: now[name] for name in risen}
+        return risen
 
     def close(self) -> None:
         self._forget_lent()
