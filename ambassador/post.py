@@ -121,12 +121,14 @@ class Post:
     # -- words
 
     def fields(self) -> dict[str, object]:
-        """The post, for the log."""
+        """The post, for the log. A fixed address is its own target, and is not said twice."""
+        backend = ",".join(map(str, self.route.backends)) or "none"
+        named = {} if self.route.target == backend else {"container": self.route.target}
         return {
             "port": self.listener.port,
             "protocol": self.listener.protocol.value,
-            "container": self.route.target,
-            "backend": ",".join(map(str, self.route.backends)) or "none",
+            **named,
+            "backend": backend,
             "generation": self.generation,
         }
 
