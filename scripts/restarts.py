@@ -221,8 +221,8 @@ async def moves(target: str, count: int) -> None:
     outcomes = tally.outcomes
     failed = {what: n for what, n in outcomes.items() if what not in ("answered", "cut")}
     print(
-        f"\nA client that connects every 10 ms through {count} restarts; {changed} times redis came back with "
-        f"another address, {taken} times because a stranger had the old one:\n"
+        f"\nA client that connects every 10 ms through {count} restarts; {changed} times redis came"
+        f" back with another address, {taken} times a stranger had the old one:\n"
     )
     print("| connections | answered | refused, timed out or otherwise failed | cut | longest |")
     print("|---|---|---|---|---|")
