@@ -125,7 +125,7 @@ def agent(aim: Aim, verb: str, seconds: float, **options: float) -> Result:
 def bulk(aim: Aim, seconds: float, *, streams: int = 1, reverse: bool = False) -> Result:
     """iperf3: units are bytes."""
     command = ["iperf3", "-J", "-c", aim.host, "-p", str(aim.port)]
-    command += ["-t", f"{max(1.0, seconds):.0f}", "-P", str(streams)]
+    command += ["-t", f"{seconds:.0f}", "-P", str(streams)]
     report = json.loads(run(aim, command + ["-R"] * reverse, seconds + 15))
     if "error" in report:
         raise Failed(f"iperf3: {report['error']}")
@@ -158,7 +158,7 @@ def http_close(aim: Aim, seconds: float) -> Result:
     output = run(
         aim,
         [
-            "wrk", "-t", "1", "-c", "50", "-d", f"{max(1.0, seconds):.0f}s", "--latency",
+            "wrk", "-t", "1", "-c", "50", "-d", f"{seconds:.0f}s", "--latency",
             "-H", "Connection: close",
             f"http://{aim.host}:{aim.port}/",
         ],
