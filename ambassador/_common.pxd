@@ -1,20 +1,24 @@
-"""What both relay loops share: the clock, and a backend's address ready for connect(2).
+"""What both relay loops share: the clock, the counters page, the list of backends, epoll's first steps.
 
 Inline functions only, so that each loop is still one compiled module that imports nothing.
 """
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from ambassador._linux cimport (
     AF_INET,
     AF_INET6,
     CLOCK_MONOTONIC,
+    EPOLL_CTL_ADD,
     MAP_FAILED,
     MAP_SHARED,
     PROT_READ,
     PROT_WRITE,
     clock_gettime,
+    epoll_ctl,
+    epoll_event,
     htons,
     mmap,
     munmap,
@@ -43,6 +47,12 @@ cdef struct backend_t:
     uint64_t identity  # the supervisor's number for this run of this container at this address
     socklen_t length
     address_t address
+
+
+cdef struct backends_t:  # the newest list; replaced whole
+    backend_t *items
+    uint32_t count
+    uint32_t turn
 
 
 cdef inline uint64_t *counters_map(int fd) noexcept nogil:
@@ -78,3 +88,40 @@ cdef inline void backend_set(
         backend.address.v6.sin6_scope_id = zone
         memcpy(&backend.address.v6.sin6_addr, packed, 16)
         backend.length = sizeof(sockaddr_in6)
+
+
+cdef inline int backends_replace(backends_t *backends, list given) except -1:
+    """The new list, each `(packed address, port, zone index, identity)`. Raises MemoryError."""
+    cdef uint32_t count = len(given), i
+    cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
+    if fresh == NULL:
+        raise MemoryError
+    for i in range(count):
+        packed, port, zone, identity = given[i]
+        backend_set(&fresh[i], packed, len(packed), port, zone, identity)
+    free(backends.items)
+    backends.items, backends.count = fresh, count
+    return 0
+
+
+cdef inline backend_t *backends_next(backends_t *backends) noexcept nogil:
+    """Each in its turn. There must be one."""
+    cdef backend_t *backend = &backends.items[backends.turn % backends.count]
+    backends.turn += 1
+    return backend
+
+
+cdef inline bint backends_have(backends_t *backends, uint64_t identity) noexcept nogil:
+    cdef uint32_t i
+    for i in range(backends.count):
+        if backends.items[i].identity == identity:
+            return True
+    return False
+
+
+cdef inline int watch(int epoll, int fd, uint32_t events, uint64_t data) noexcept nogil:
+    """Be told of `events` at `fd` as `data`; -1 with errno."""
+    cdef epoll_event event
+    event.events = events
+    event.data.u64 = data
+    return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event)

@@ -50,11 +50,15 @@ from ambassador._common cimport (
     COUNTER_VERSION,
     COUNTERS_VERSION,
     address_t,
-    backend_set,
     backend_t,
+    backends_have,
+    backends_next,
+    backends_replace,
+    backends_t,
     counters_map,
     counters_unmap,
     monotonic_ms,
+    watch,
 )
 from ambassador._linux cimport (
     AF_INET6,
@@ -72,7 +76,6 @@ from ambassador._linux cimport (
     EMSGSIZE,
     ENFILE,
     EPOLL_CLOEXEC,
-    EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
     EPOLLIN,
     IP_PKTINFO,
@@ -269,9 +272,7 @@ cdef struct relay_t:
     session_t **buckets
     class_t classes[CLASSES]
     session_t *ended
-    backend_t *backends
-    uint32_t backend_count
-    uint32_t backend_turn
+    backends_t backends
     uint64_t queued_bytes
     inbox_t *inbox
     uint32_t inbox_used
@@ -637,12 +638,10 @@ cdef session_t *session_find(relay_t *relay, key_t *key, address_t *client, sock
 cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     """Give it a socket that is connected to the next backend. False where there is none or it fails."""
     cdef backend_t *backend
-    cdef epoll_event event
     cdef int on = 1, bytes = SOCKET_BUFFER, fd
-    if relay.backend_count == 0:
+    if relay.backends.count == 0:
         return False
-    backend = &relay.backends[relay.backend_turn % relay.backend_count]
-    relay.backend_turn += 1
+    backend = backends_next(&relay.backends)
     fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
     if fd < 0 and (errno == EMFILE or errno == ENFILE) and session_evict(relay, session):
         fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
@@ -652,11 +651,9 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
     if relay.gso:
         setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on))
-    event.events = EPOLLIN
-    event.data.u64 = <uintptr_t>session
     if (
         connect(fd, <sockaddr *>&backend.address, backend.length) < 0
-        or epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0
+        or watch(relay.epoll, fd, EPOLLIN, <uintptr_t>session) < 0
     ):
         close(fd)
         return False
@@ -769,7 +766,7 @@ cdef void try_backend(relay_t *relay) noexcept nogil:
     """What is due of the trial: it passed in silence, it is over for good, or another begins."""
     cdef session_t *session
     cdef int i
-    if not relay.unsure_until or relay.backend_count == 0:
+    if not relay.unsure_until or relay.backends.count == 0:
         return
     if relay.unsure_until <= relay.now or (relay.trial != NULL and relay.trial_at <= relay.now):
         trial_passed(relay)
@@ -797,7 +794,7 @@ cdef void session_keep(
             session_queue(relay, session, data + start, min(segment, length - start))
             start += segment
     if relay.unsure_until and relay.trial == NULL and relay.trial_at <= relay.now:
-        if session.queue_head != NULL and relay.backend_count:
+        if session.queue_head != NULL and relay.backends.count:
             trial_begin(relay, session)
 
 
@@ -816,7 +813,7 @@ cdef void session_forward(relay_t *relay, session_t *session) noexcept nogil:
         # No refusal so far, and no room to wait for one: better too early than not at all.
         if relay.unsure_until and relay.trial != NULL and session.queue_length + count > QUEUE_DATAGRAMS:
             trial_passed(relay)
-        if relay.unsure_until or relay.backend_count == 0:
+        if relay.unsure_until or relay.backends.count == 0:
             session_keep(relay, session, <char *>box.iov[i].iov_base, length, segment)
             continue
         if session.fd < 0 and not session_dial(relay, session):
@@ -925,7 +922,7 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
             continue
         if due < 0 or relay.classes[i].oldest.seen + relay.idle_ms < due:
             due = relay.classes[i].oldest.seen + relay.idle_ms
-    if relay.unsure_until and relay.backend_count and relay.counters[QUEUED_NOW]:
+    if relay.unsure_until and relay.backends.count and relay.counters[QUEUED_NOW]:
         if due < 0 or relay.trial_at < due:
             due = relay.trial_at
     if relay.draining and (due < 0 or relay.drain_at < due):
@@ -973,14 +970,6 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
             return REASON_DRAINED
 
 
-cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
-    cdef uint32_t i
-    for i in range(relay.backend_count):
-        if relay.backends[i].identity == identity:
-            return True
-    return False
-
-
 cdef void relay_repointed(relay_t *relay) noexcept nogil:
     """Sessions keep their clients; those whose backend is gone let go of it, and the new one is tried."""
     cdef session_t *session
@@ -989,7 +978,7 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
     for i in range(CLASSES):
         session = relay.classes[i].oldest
         while session != NULL:
-            if session.fd >= 0 and not backend_stands(relay, session.identity):
+            if session.fd >= 0 and not backends_have(&relay.backends, session.identity):
                 session_hang_up(session)
             session = session.newer
     trial_forget(relay)
@@ -1030,7 +1019,6 @@ cdef class UdpRelay:
         uint32_t max_sessions,
         bint gso,
     ):
-        cdef epoll_event event
         cdef uint32_t i, buckets = 1
         cdef inbox_t *box
         memset(&self.relay, 0, sizeof(relay_t))
@@ -1071,11 +1059,9 @@ cdef class UdpRelay:
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.relay.epoll < 0:
             raise OSError(errno, "epoll_create1")
-        event.events, event.data.u64 = EPOLLIN, EVENT_LISTENER
-        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, listener, &event) < 0:
+        if watch(self.relay.epoll, listener, EPOLLIN, EVENT_LISTENER) < 0:
             raise OSError(errno, "epoll_ctl of the listener")
-        event.events, event.data.u64 = EPOLLIN, EVENT_CONTROL
-        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, control, &event) < 0:
+        if watch(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
             raise OSError(errno, "epoll_ctl of the control pipe")
         self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
 
@@ -1095,7 +1081,7 @@ cdef class UdpRelay:
         free(relay.inbox)
         free(relay.outbox)
         free(relay.buckets)
-        free(relay.backends)
+        free(relay.backends.items)
         counters_unmap(relay.counters)
 
     def repoint(self, uint64_t generation, list backends):
@@ -1104,19 +1090,10 @@ cdef class UdpRelay:
         Sessions to a backend that is not among them get a new socket with their next datagram; nothing
         that the old one still receives is forwarded.
         """
-        cdef uint32_t count = len(backends), i
-        cdef backend_t *replaced = self.relay.backends
-        cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
-        if fresh == NULL:
-            raise MemoryError
-        for i in range(count):
-            packed, port, zone, identity = backends[i]
-            backend_set(&fresh[i], packed, len(packed), port, zone, identity)
-        self.relay.backends, self.relay.backend_count = fresh, count
-        free(replaced)
+        backends_replace(&self.relay.backends, backends)
         with nogil:
             relay_repointed(&self.relay)
-        self.relay.counters[COUNTER_BACKENDS] = count
+        self.relay.counters[COUNTER_BACKENDS] = self.relay.backends.count
         self.relay.counters[COUNTER_GENERATION] = generation
 
     def drain(self, uint32_t deadline_ms):

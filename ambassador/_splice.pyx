@@ -44,11 +44,15 @@ from ambassador._common cimport (
     COUNTER_OWN,
     COUNTER_VERSION,
     COUNTERS_VERSION,
-    backend_set,
     backend_t,
+    backends_have,
+    backends_next,
+    backends_replace,
+    backends_t,
     counters_map,
     counters_unmap,
     monotonic_ms,
+    watch,
 )
 from ambassador._linux cimport (
     EADDRNOTAVAIL,
@@ -64,7 +68,6 @@ from ambassador._linux cimport (
     ENOSYS,
     EPERM,
     EPOLL_CLOEXEC,
-    EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
     EPOLLERR,
     EPOLLET,
@@ -138,6 +141,9 @@ cdef enum:
     KEEPALIVE_IDLE_S = 60
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
+
+cdef enum:  # of every socket of a connection, once and for all
+    EVENTS = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
 
 cdef enum:
     CLIENT = 0
@@ -265,9 +271,7 @@ cdef struct relay_t:
     connection_t *young  # the first open one whose backend is not probed yet; all behind it are younger
     connection_t *ready_head
     connection_t *ready_tail
-    backend_t *backends
-    uint32_t backend_count
-    uint32_t backend_turn
+    backends_t backends
     connection_t *probe  # the held connection that is trying the backend
     int64_t probe_at
     uint32_t retry_ms
@@ -669,14 +673,12 @@ cdef void connection_dial_failed(relay_t *relay, connection_t *connection, int e
 
 cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nogil:
     """Start to connect to the next backend. False if that failed at once and the connection moved on."""
-    cdef backend_t *backend = &relay.backends[relay.backend_turn % relay.backend_count]
+    cdef backend_t *backend = backends_next(&relay.backends)
     cdef linger armed
     cdef int on = 1
     cdef int fd = socket(
         backend.address.v4.sin_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP
     )
-    cdef epoll_event event
-    relay.backend_turn += 1
     if connection.state == HELD:
         relay.counters[HELD_NOW] -= 1
     connection.deadline = relay.now + relay.connect_ms
@@ -692,9 +694,7 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
         connection_dial_failed(relay, connection, errno)
         return False
-    event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
-    event.data.u64 = <uintptr_t>connection | BACKEND
-    if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+    if watch(relay.epoll, fd, EVENTS, <uintptr_t>connection | BACKEND) < 0:
         connection_dial_failed(relay, connection, errno)
         return False
     return True
@@ -766,10 +766,7 @@ cdef void connection_event(
 
 cdef int listener_watch(relay_t *relay) noexcept nogil:
     """Be told of connections, one of several workers at a time (EPOLLEXCLUSIVE, which allows no MOD)."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLEXCLUSIVE
-    event.data.u64 = EVENT_LISTENER
-    return epoll_ctl(relay.epoll, EPOLL_CTL_ADD, relay.listener, &event)
+    return watch(relay.epoll, relay.listener, EPOLLIN | EPOLLEXCLUSIVE, EVENT_LISTENER)
 
 
 cdef void accept_pause(relay_t *relay) noexcept nogil:
@@ -789,7 +786,6 @@ cdef void accept_resume(relay_t *relay) noexcept nogil:
 cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
     """Owns `fd`. Dials at once, unless others wait already or there is nobody to dial."""
     cdef connection_t *connection = <connection_t *>calloc(1, sizeof(connection_t))
-    cdef epoll_event event
     if connection == NULL:
         close(fd)
         accept_pause(relay)
@@ -799,11 +795,9 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
     list_insert(relay, connection, relay.lists[CONNECTING].tail, CONNECTING)
     relay.counters[ACCEPTED] += 1
     relay.counters[ACTIVE] += 1
-    event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
-    event.data.u64 = <uintptr_t>connection | CLIENT
-    if epoll_ctl(relay.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+    if watch(relay.epoll, fd, EVENTS, <uintptr_t>connection | CLIENT) < 0:
         connection_drop(relay, connection, RESET)
-    elif relay.backend_count == 0 or relay.lists[HELD].length or relay.probe != NULL:
+    elif relay.backends.count == 0 or relay.lists[HELD].length or relay.probe != NULL:
         connection_hold(relay, connection)
     else:
         connection_dial(relay, connection)
@@ -856,7 +850,7 @@ cdef void expire(relay_t *relay) noexcept nogil:
 
 
 cdef inline bint probe_wanted(relay_t *relay) noexcept nogil:
-    return relay.probe == NULL and relay.backend_count > 0 and relay.lists[HELD].head != NULL
+    return relay.probe == NULL and relay.backends.count > 0 and relay.lists[HELD].head != NULL
 
 
 cdef inline bint relay_drained(relay_t *relay) noexcept nogil:
@@ -931,14 +925,6 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
             return REASON_DRAINED
 
 
-cdef bint backend_stands(relay_t *relay, uint64_t identity) noexcept nogil:
-    cdef uint32_t i
-    for i in range(relay.backend_count):
-        if relay.backends[i].identity == identity:
-            return True
-    return False
-
-
 cdef void relay_repointed(relay_t *relay) noexcept nogil:
     """The backends changed: what was open to one that is gone is reset, what was on its way is held."""
     cdef connection_t *connection
@@ -949,7 +935,7 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
         connection = relay.lists[state].head
         while connection != NULL:
             following = connection.next
-            if state == HELD or backend_stands(relay, connection.identity):
+            if state == HELD or backends_have(&relay.backends, connection.identity):
                 pass
             elif state == OPEN:
                 connection_drop(relay, connection, RESET)
@@ -987,7 +973,6 @@ cdef class TcpRelay:
         uint32_t max_held,
         uint32_t pipe_bytes,
     ):
-        cdef epoll_event event
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
         self.relay.counters = counters_map(counters)
@@ -1006,8 +991,7 @@ cdef class TcpRelay:
             raise OSError(errno, "epoll_create1")
         if listener_watch(&self.relay) < 0:
             raise OSError(errno, "epoll_ctl of the listener")
-        event.events, event.data.u64 = EPOLLIN, EVENT_CONTROL
-        if epoll_ctl(self.relay.epoll, EPOLL_CTL_ADD, control, &event) < 0:
+        if watch(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
             raise OSError(errno, "epoll_ctl of the control pipe")
         self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
 
@@ -1031,7 +1015,7 @@ cdef class TcpRelay:
         if relay.epoll >= 0:
             close(relay.epoll)
         free(relay.buffer)
-        free(relay.backends)
+        free(relay.backends.items)
         counters_unmap(relay.counters)
 
     def repoint(self, uint64_t generation, list backends):
@@ -1039,19 +1023,10 @@ cdef class TcpRelay:
 
         Connections to a backend that is not among them are reset; attempts to connect to one start anew.
         """
-        cdef uint32_t count = len(backends), i
-        cdef backend_t *replaced = self.relay.backends
-        cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
-        if fresh == NULL:
-            raise MemoryError
-        for i in range(count):
-            packed, port, zone, identity = backends[i]
-            backend_set(&fresh[i], packed, len(packed), port, zone, identity)
-        self.relay.backends, self.relay.backend_count = fresh, count
-        free(replaced)
+        backends_replace(&self.relay.backends, backends)
         with nogil:
             relay_repointed(&self.relay)
-        self.relay.counters[COUNTER_BACKENDS] = count
+        self.relay.counters[COUNTER_BACKENDS] = self.relay.backends.count
         self.relay.counters[COUNTER_GENERATION] = generation
 
     def drain(self, uint32_t deadline_ms):
