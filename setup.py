@@ -25,7 +25,7 @@ def loop(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [loop("_splice"), loop("_datagram"), loop("_forker"), loop("_wire")],
+        [loop(name) for name in ("_splice", "_datagram", "_forker", "_wire", "_sandbox")],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,

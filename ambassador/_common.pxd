@@ -33,6 +33,7 @@ cdef enum:
     COUNTER_VERSION = 0
     COUNTER_GENERATION = 1  # of the list of backends in force
     COUNTER_BACKENDS = 2  # how many there are in it
+    COUNTER_SANDBOX = 7  # what the worker gave up (_sandbox.pyx); 0 until it has
     COUNTER_OWN = 8
 
 cdef enum:

@@ -8,6 +8,8 @@ MAX_BACKENDS: Final[int]
 TCP: Final[int]
 UDP: Final[int]
 GSO: Final[int]
+SANDBOX: Final[int]
+SANDBOX_REQUIRED: Final[int]
 
 StartNumbers = tuple[int, int, int, int, int, int, int, int, int]
 Backends = list[tuple[bytes, int, int, int]]

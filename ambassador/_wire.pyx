@@ -29,6 +29,9 @@ cdef enum:  # numbers of /etc/protocols
 
 cdef enum:
     FLAG_GSO = 1
+    FLAG_SANDBOX = 2  # enter it
+    FLAG_SANDBOX_REQUIRED = 4  # and end where something of it is lacking
+    FLAGS = 7
 
 VERSION = CURRENT_VERSION
 MAX_PAYLOAD = LARGEST_PAYLOAD
@@ -36,6 +39,8 @@ MAX_BACKENDS = MOST_BACKENDS
 TCP = PROTOCOL_TCP
 UDP = PROTOCOL_UDP
 GSO = FLAG_GSO
+SANDBOX = FLAG_SANDBOX
+SANDBOX_REQUIRED = FLAG_SANDBOX_REQUIRED
 
 cdef packed struct header_t:
     uint8_t version
@@ -72,7 +77,7 @@ cdef tuple take_start(const char *payload, size_t length):
         raise ValueError("port 0")
     if record.protocol != PROTOCOL_TCP and record.protocol != PROTOCOL_UDP:
         raise ValueError(f"unknown protocol number {record.protocol}")
-    if record.flags & ~FLAG_GSO:
+    if record.flags & ~FLAGS or record.flags & (FLAGS - FLAG_GSO) == FLAG_SANDBOX_REQUIRED:
         raise ValueError(f"unknown flags {record.flags:#x}")
     return (
         record.port, record.protocol, record.flags, record.limits[0], record.limits[1],

@@ -78,6 +78,7 @@ def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
         hold_ms=options.hold_ms,
         drain_ms=options.drain_ms,
         workers=options.workers,
+        sandbox=options.sandbox,
         max_sessions=max(1, min(MAX_SESSIONS, descriptors - SPARE_DESCRIPTORS)),
     )
     held = {"connections": (descriptors - SPARE_DESCRIPTORS) // 2, "sessions": limits.max_sessions}

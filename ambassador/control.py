@@ -28,7 +28,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ambassador import _wire
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener, Protocol, Sandbox
 
 VERSION = _wire.VERSION
 MAX_PAYLOAD = _wire.MAX_PAYLOAD
@@ -69,6 +69,7 @@ class Start(NamedTuple):
     max_held: int = 4_096
     pipe_bytes: int = 1 << 20
     gso: bool = True
+    sandbox: Sandbox = Sandbox.AUTO
 
 
 class Destination(NamedTuple):
@@ -156,8 +157,9 @@ def _record(kind: int, generation: int, content: Any) -> Record:
 def _start(numbers: StartNumbers) -> Start:
     port, number, flags, hold, connect, idle, sessions, held, pipe = numbers
     protocol = next(protocol for protocol, known in _PROTOCOLS.items() if known == number)
-    gso = bool(flags & _wire.GSO)
-    return Start(Listener(port, protocol), hold, connect, idle, sessions, held, pipe, gso)
+    gso, sandbox = bool(flags & _wire.GSO), _SANDBOX_OF[flags & _SANDBOX_BITS]
+    listener = Listener(port, protocol)
+    return Start(listener, hold, connect, idle, sessions, held, pipe, gso, sandbox)
 
 
 def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
@@ -167,13 +169,20 @@ def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
 
 
 _PROTOCOLS = {Protocol.TCP: _wire.TCP, Protocol.UDP: _wire.UDP}
+_SANDBOX = {
+    Sandbox.OFF: 0,
+    Sandbox.AUTO: _wire.SANDBOX,
+    Sandbox.REQUIRED: _wire.SANDBOX | _wire.SANDBOX_REQUIRED,
+}
+_SANDBOX_OF = {flags: sandbox for sandbox, flags in _SANDBOX.items()}
+_SANDBOX_BITS = _wire.SANDBOX | _wire.SANDBOX_REQUIRED
 
 
 def _pack_start(record: Start) -> bytes:
     return _START.pack(
         record.listener.port,
         _PROTOCOLS[record.listener.protocol],
-        _wire.GSO if record.gso else 0,
+        (_wire.GSO if record.gso else 0) | _SANDBOX[record.sandbox],
         record.hold_ms,
         record.connect_ms,
         record.session_idle_ms,

@@ -25,6 +25,14 @@ class Protocol(enum.StrEnum):
     UDP = "udp"
 
 
+class Sandbox(enum.StrEnum):
+    """Whether workers give up what they do not need, and what it means when they cannot."""
+
+    AUTO = "auto"  # as much as can be had; one warning where something is lacking
+    REQUIRED = "required"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Listener:
     """One accepting socket: a port (1 to 65535) and a protocol. Written `6379/tcp`."""

@@ -40,7 +40,7 @@ from ambassador.goflags import (
     quote,
     usage,
 )
-from ambassador.model import Backend, Listener, Protocol, Route
+from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 MAX_DURATION_MS = 1000 * 3_600_000
@@ -127,6 +127,7 @@ class Options:
     hold_ms: int = 10_000
     drain_ms: int = 300
     workers: int = 1
+    sandbox: Sandbox = Sandbox.AUTO
     log_level: str = "info"
     wait: bool = True
     warnings: tuple[str, ...] = ()
@@ -152,6 +153,12 @@ def _parse_workers(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= MAX_WORKERS):
         raise ValueError(f"write a number from 1 to {MAX_WORKERS}, or auto")
     return int(text)
+
+
+def _parse_sandbox(text: str) -> Sandbox:
+    if text not in tuple(Sandbox):
+        raise ValueError(f"write one of {', '.join(Sandbox)}")
+    return Sandbox(text)
 
 
 def _parse_level(text: str) -> str:
@@ -195,6 +202,14 @@ DRAIN = Flag(
 WORKERS = Flag(
     "workers", _parse_workers, 1, "N", "processes for each port, or auto: one to a core", "1"
 )
+SANDBOX = Flag(
+    "sandbox",
+    _parse_sandbox,
+    Sandbox.AUTO,
+    "MODE",
+    "what workers give up: auto, all that can be; required; off",
+    "auto",
+)
 LOG_LEVEL = Flag(
     "log-level", _parse_level, "info", "LEVEL", "debug, info, warn, error, fatal or panic", "info"
 )
@@ -202,7 +217,7 @@ VERSION = Flag("version", parse_bool, False, "", "print the version")
 # Undefined in the table that is parsed, so that goflags treats them as Go does; shown in the usage.
 _HELP: Flag[bool] = Flag("help", parse_bool, False, "", "print this text")
 
-RELAY_FLAGS: tuple[Flag[Any], ...] = (HOLD, DRAIN, WORKERS, LOG_LEVEL, VERSION)
+RELAY_FLAGS: tuple[Flag[Any], ...] = (HOLD, DRAIN, WORKERS, SANDBOX, LOG_LEVEL, VERSION)
 FOLLOW_FLAGS: tuple[Flag[Any], ...] = (
     *RELAY_FLAGS,
     NAME,
@@ -296,6 +311,7 @@ def _follow(arguments: Sequence[str], environment: Mapping[str, str]) -> Options
         hold_ms=parsed.get(HOLD),
         drain_ms=parsed.get(DRAIN),
         workers=parsed.get(WORKERS),
+        sandbox=parsed.get(SANDBOX),
         log_level=parsed.get(LOG_LEVEL),
         wait=parsed.get(WAIT),
         warnings=tuple(warnings),
@@ -325,6 +341,7 @@ def _relay(arguments: Sequence[str]) -> Options:
         hold_ms=parsed.get(HOLD),
         drain_ms=parsed.get(DRAIN),
         workers=parsed.get(WORKERS),
+        sandbox=parsed.get(SANDBOX),
         log_level=parsed.get(LOG_LEVEL),
     )
 

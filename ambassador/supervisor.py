@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
-from ambassador import control
-from ambassador.model import DesiredState, Listener, Protocol
+from ambassador import control, sandbox
+from ambassador.model import DesiredState, Listener, Protocol, Sandbox
 from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
 from ambassador.post import Post, Seat
 from ambassador.reconcile import Repoint, Start, Stop, plan
 from ambassador.status import port_owner
-from ambassador.worker import LOSSES, Handle
+from ambassador.worker import EXIT_UNCONFINED, LOSSES, Handle
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +46,23 @@ REPORT_S = 5.0
 KILL_GRACE_S = 0.25
 """Past its deadline a draining worker gets this long before SIGKILL."""
 
+SANDBOX_LOOK_FIRST_S = 0.02
+SANDBOX_LOOK_LAST_S = 1.0
+"""How often to look what the first worker has given up, until it has said so: doubling, no longer apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What every worker is told; milliseconds and numbers, see control.Start. `drain_ms` is for SIGTERM, and
-    `workers` is the number of processes per listener.
+    `workers` is the number of processes per listener. Where `sandbox` is required and some of it cannot be
+    had, the program ends.
     """
 
     hold_ms: int = 10_000
     drain_ms: int = 300
     max_sessions: int = 16_384
     workers: int = 1
+    sandbox: Sandbox = Sandbox.AUTO
 
 
 @dataclass(slots=True)
@@ -87,6 +93,10 @@ class Supervisor:
         self._changed = True
         self._draining = False
         self._report_at = 0.0
+        self._exit_code = 0
+        # Every worker has the same to give up: the first that has done it speaks for all.
+        self._sandbox_look: float | None = 0.0 if limits.sandbox is Sandbox.AUTO else None
+        self._sandbox_wait = SANDBOX_LOOK_FIRST_S
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -107,7 +117,7 @@ class Supervisor:
     # -- the loop
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT has been obeyed. 0 then."""
+        """Until SIGTERM or SIGINT has been obeyed: 0. Or 1: the sandbox is required and not to be had."""
         self._catch_signals()
         while not self._finished():
             for key, _ in self._selector.select(self._timeout()):
@@ -117,8 +127,9 @@ class Supervisor:
             self._start_due()
             self._kill_overdue()
             self._report_losses()
+            self._look_at_sandbox()
         self._nursery.close()
-        return 0
+        return self._exit_code
 
     def _finished(self) -> bool:
         return self._draining and not self._leavers
@@ -133,6 +144,8 @@ class Supervisor:
         moments += [leaver.kill_at for leaver in self._leavers]
         if self._posts:
             moments.append(self._report_at)
+        if self._sandbox_look is not None and self._posts:
+            moments.append(self._sandbox_look)
         if self._changed:
             return 0
         return max(min(moments) - time.monotonic(), 0) if moments else None
@@ -237,7 +250,10 @@ class Supervisor:
 
     def _fork_worker(self, post: Post, seat: Seat, now: float) -> None:
         start = control.Start(
-            post.listener, hold_ms=self._limits.hold_ms, max_sessions=self._limits.max_sessions
+            post.listener,
+            hold_ms=self._limits.hold_ms,
+            max_sessions=self._limits.max_sessions,
+            sandbox=self._limits.sandbox,
         )
         handle, lent = post.prepare(seat, start)
         seat.take(handle, now)
@@ -277,6 +293,8 @@ class Supervisor:
     def _exited(self, message: Exited) -> None:
         for handle in self._handles():
             if handle.pid == message.pid:
+                if os.waitstatus_to_exitcode(message.status) == EXIT_UNCONFINED:
+                    self._refuse(sandbox.lacking(handle.sandbox))
                 self._ended(handle, _describe(message.status))
                 return
 
@@ -318,6 +336,40 @@ class Supervisor:
             if handle.pidfd >= 0 and handle.pidfd not in self._selector.get_map():
                 heard = partial(self._orphan_exited, handle)
                 self._selector.register(handle.pidfd, selectors.EVENT_READ, heard)
+
+    # -- the sandbox
+
+    def _look_at_sandbox(self) -> None:
+        """Say once what the workers cannot give up."""
+        now = time.monotonic()
+        if self._sandbox_look is None or self._sandbox_look > now:
+            return
+        word = next((handle.sandbox for handle in self._handles() if handle.sandbox), 0)
+        if not word:
+            self._sandbox_look = now + self._sandbox_wait
+            self._sandbox_wait = min(self._sandbox_wait * 2, SANDBOX_LOOK_LAST_S)
+            return
+        self._sandbox_look = None
+        if lacking := sandbox.lacking(word):
+            fields = {"lacking": ",".join(lacking)}
+            log.warning(
+                "workers run without all of their sandbox: %s",
+                sandbox.advice(lacking),
+                extra={"fields": fields},
+            )
+
+    def _refuse(self, lacking: tuple[str, ...]) -> None:
+        """A worker cannot give up all that -sandbox required asks for, and so none can: the end."""
+        if self._exit_code:
+            return
+        self._exit_code = 1
+        log.error(
+            "the sandbox is required and cannot be had: %s; or use -sandbox auto",
+            sandbox.advice(lacking),
+            extra={"fields": {"lacking": ",".join(lacking)}},
+        )
+        if not self._draining:
+            self._drain()
 
     # -- control pipes
 

@@ -4,6 +4,7 @@ Invariants:
 
 - The child has three descriptors of its own (listener, control pipe, counters) besides standard error,
   and no thread. Everything it knows came over the control pipe: Start first, then Repoint, then Drain.
+- The child enters its sandbox when it has heard its Start and before its loop exists, so before any traffic.
 - The child leaves the compiled loop only for control. End of file on the control pipe means that the
   parent is gone: it exits at once, and every connection it had ends in a reset.
 - The parent never blocks on a worker: what a full control pipe does not take waits here, and of waiting
@@ -19,8 +20,8 @@ import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from ambassador import _datagram, _splice
-from ambassador._wire import GSO, TCP, take
+from ambassador import _datagram, _sandbox, _splice
+from ambassador._wire import GSO, SANDBOX, SANDBOX_REQUIRED, TCP, take
 from ambassador.control import BadRecord, Drain, Record, RecordType, Repoint, Start, pack
 from ambassador.model import Listener, Protocol
 from ambassador.titles import set_title
@@ -37,9 +38,12 @@ EXIT_BAD_CONTROL = 65
 """What it was told makes no sense (EX_DATAERR of sysexits.h)."""
 EXIT_BROKEN = 70
 """The loop could not be set up or failed (EX_SOFTWARE)."""
+EXIT_UNCONFINED = 77
+"""The sandbox is required and something of it cannot be had (EX_NOPERM)."""
 
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": 1, "backends": 2}
+_SANDBOX_WORD = 7
 _FIRST_COUNTER = 8
 LOSSES = {
     "rejected": "connections had no backend within the hold window",
@@ -151,6 +155,11 @@ class Handle:
         self._known_losses |= {name: now[name] for name in risen}
         return risen
 
+    @property
+    def sandbox(self) -> int:
+        """The word of sandbox.py: what it gave up; 0 until it has."""
+        return self._words[_SANDBOX_WORD]
+
     def close(self) -> None:
         self._forget_lent()
         self._words.release()
@@ -207,9 +216,11 @@ def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
             raise BadRecord("a Start comes first, and once")
         if loop is None:
             numbers = cast("StartNumbers", content)
+            os.set_blocking(control_fd, False)
+            if not _confined(numbers[2], counters_fd):
+                return EXIT_UNCONFINED
             loop = _loop(numbers, listener_fd, control_fd, counters_fd)
             os.close(counters_fd)
-            os.set_blocking(control_fd, False)
             tcp = numbers[1] == TCP
         elif kind == _DRAIN:
             loop.drain(cast("int", content))
@@ -220,6 +231,13 @@ def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
             backends, title = cast("tuple[Backends, str]", content)
             loop.repoint(generation, backends)
             set_title(title)
+
+
+def _confined(flags: int, counters_fd: int) -> bool:
+    """Enter the sandbox, if there is to be one. False where something lacks that must not."""
+    if not flags & SANDBOX:
+        return True
+    return not _sandbox.enter(counters_fd) or not flags & SANDBOX_REQUIRED
 
 
 def _loop(start: StartNumbers, listener_fd: int, control_fd: int, counters_fd: int) -> Loop:

@@ -99,7 +99,8 @@ def test_more_bulk_streams_than_pooled_pipes(start_tcp: Start, peers: Peers) -> 
     server = peers.bound()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
     server.listen(200)
-    worker = start_tcp(destination(server))
+    # Pipes so small that a worker's account (64 MB, for it is not root) has room for all.
+    worker = start_tcp(destination(server), pipe_bytes=1 << 18)
     baseline = len(worker.descriptors())
     pairs = [peers.pair(worker, server) for _ in range(80)]
     with ThreadPoolExecutor(8) as threads:

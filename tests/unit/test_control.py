@@ -173,7 +173,8 @@ def _repoint(backend: bytes, count: int = 1) -> bytes:
         (framed(RecordType.START, b""), "type 1"),
         (framed(RecordType.START, struct.pack("<HBB6I", 0, 6, 0, *[0] * 6)), "port 0"),
         (framed(RecordType.START, struct.pack("<HBB6I", 1, 132, 0, *[0] * 6)), "number 132"),
-        (framed(RecordType.START, struct.pack("<HBB6I", 1, 6, 2, *[0] * 6)), "unknown flags 0x2"),
+        (framed(RecordType.START, struct.pack("<HBB6I", 1, 6, 8, *[0] * 6)), "unknown flags 0x8"),
+        (framed(RecordType.START, struct.pack("<HBB6I", 1, 6, 4, *[0] * 6)), "unknown flags 0x4"),
         (framed(RecordType.REPOINT, b""), "type 2"),
         (framed(RecordType.REPOINT, struct.pack("<HH", 1, 0)), "1 backends in 4 bytes"),
         (framed(RecordType.REPOINT, struct.pack("<HH", 0, 0) + b"x"), "0 backends in 5 bytes"),
@@ -292,6 +293,6 @@ def test_the_bytes_of_a_record_are_fixed() -> None:
     )
     assert pack(START._replace(pipe_bytes=1)).hex(" ") == (
         "01 01 00 00 1c 00 00 00 00 00 00 00 00 00 00 00"
-        " eb 18 06 01 10 27 00 00 88 13 00 00 90 5f 01 00"
+        " eb 18 06 03 10 27 00 00 88 13 00 00 90 5f 01 00"
         " 00 40 00 00 00 10 00 00 01 00 00 00"
     )

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ambassador"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "__init__ model titles _splice _datagram _forker _wire",
+        "__init__ model titles _splice _datagram _forker _wire _sandbox",
         "control sockets goflags logs sandbox events documents",
         "worker status reconcile inspect",
         "nursery post follower",

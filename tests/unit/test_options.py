@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ambassador.control import Drain, Start, Unpacker, pack
-from ambassador.model import Backend, Listener, Protocol, Route
+from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
 from ambassador.options import (
     Command,
     ConfigError,
@@ -149,7 +149,17 @@ def test_durations_are_milliseconds_that_fit_a_control_record(text: str, millise
     assert list(Unpacker().feed(pack(start) + pack(drain))) == [start, drain]
 
 
+@pytest.mark.parametrize("sandbox", Sandbox)
+def test_sandbox_modes(sandbox: Sandbox) -> None:
+    assert follow("-sandbox", sandbox.value).sandbox is sandbox
+    relay = parse_options(["relay", f"-sandbox={sandbox}", "1/tcp=10.0.0.5:1"], {})
+    assert relay.sandbox is sandbox
+    start = Start(Listener(1, Protocol.TCP), sandbox=sandbox)
+    assert list(Unpacker().feed(pack(start))) == [start]
+
+
 BAD_COMMAND_LINES = [
+    (["-sandbox", "on"], 'invalid value "on" for flag -sandbox: write one of auto, required, off'),
     (["-x"], "flag provided but not defined: -x"),
     (["-na", "redis"], "flag provided but not defined: -na"),
     (["-name"], "flag needs an argument: -name"),

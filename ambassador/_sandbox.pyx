@@ -1,0 +1,327 @@
+"""What a worker gives up before it reads a byte of traffic. Compiled for memory, like the rest of a worker.
+
+The steps, in the order in which they must be taken (each needs what a later one gives up):
+
+    no-new-privileges  no program run from here gains anything, were one ever run
+    bounding           the bounding and the ambient set of capabilities are emptied
+    groups             no supplementary groups
+    uid                group NOBODY and a user of the worker's own, where the worker is root
+    capabilities       effective, permitted and inheritable sets are emptied
+    dumpable           no core file, and no other process of this user may look inside
+    seccomp            the filter below: what is not on the list does not happen
+
+A step is not believed because its call returned 0: `survey` reads back what holds, so a container that has
+taken something away before us satisfies the step too. Where the parent is not root, groups and bounding set
+cannot be changed and are not asked for: there is nothing of root's to give up, and neither is of use
+to a process that can open nothing and execute nothing.
+
+Why a user to each worker: the kernel counts pipes (64 MB, fs.pipe-user-pages-soft) and epoll watches by
+user, so as one user all workers would share one account, and a client that fills one worker's pipes would
+slow down the others (120 bulk streams over two workers: 0.26 s of processor per GB with pipes of 1 MiB, and
+0.44 s as one user, where past the limit the rest was copied). Nor can one such user signal another. The
+number is the worker's pid past OWN_USERS, where no distribution assigns any; in a user namespace that has
+no such number (rootless containers have 65536 of them) it is NOBODY.
+
+Why the filter is written by hand: it is a constant table in this module's read-only pages, shared by all
+workers. libseccomp (with pyseccomp, ctypes) would bring two libraries into the nursery and build the same
+program on the heap, for one listing of names. The table needs no jump counted by hand: the macros do.
+
+Sources: seccomp(2), Documentation/userspace-api/seccomp_filter.rst, capabilities(7), prctl(2),
+credentials(7).
+"""
+
+from libc.stdint cimport uint64_t
+
+from ambassador._common cimport COUNTER_SANDBOX, COUNTERS_BYTES
+from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, errno, mmap, munmap
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <grp.h>
+    #include <linux/audit.h>
+    #include <linux/capability.h>
+    #include <linux/filter.h>
+    #include <linux/futex.h>
+    #include <linux/seccomp.h>
+    #include <linux/udp.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
+    #include <stddef.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+    #include <sys/socket.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* ------------------------------------------------------------------------------ the filter
+
+       A call that is on no list is refused (EPERM) rather than fatal: a C library that tries something
+       new falls back, and -1, which is what a debugger's fault injection makes of a number, is harmless.
+       Fatal is what no relay ever does and only somebody else's code would: see FATAL.
+
+       The numbers of x32 are those of x86-64 with bit 30 set. They equal nothing below, so they are
+       refused. Calls of another architecture (int 0x80) carry its AUDIT_ARCH and are fatal.
+
+       Arguments are compared in their lower halves, which is all that the kernel reads of these (int and
+       unsigned int), or where the bit that matters is (prot). */
+
+    #if defined(__x86_64__) && !defined(__ILP32__)
+    #define OUR_ARCH AUDIT_ARCH_X86_64
+    #elif defined(__aarch64__) && defined(__AARCH64EL__) && !defined(__ILP32__)
+    #define OUR_ARCH AUDIT_ARCH_AARCH64
+    #endif
+
+    #ifndef SECCOMP_RET_KILL_PROCESS
+    #define SECCOMP_RET_KILL_PROCESS 0x80000000U
+    #endif
+    #ifndef SECCOMP_FILTER_FLAG_SPEC_ALLOW
+    #define SECCOMP_FILTER_FLAG_SPEC_ALLOW (1UL << 2)
+    #endif
+
+    #ifdef OUR_ARCH
+    #define COUNT(...) \\
+        (sizeof((struct sock_filter[]){__VA_ARGS__}) / sizeof(struct sock_filter))
+    #define FIELD(name) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, name))
+    #define ARGUMENT(n) FIELD(args[n])
+    #define KEEP(bits) BPF_STMT(BPF_ALU | BPF_AND | BPF_K, (unsigned int) (bits))
+    #define VERDICT(action) BPF_STMT(BPF_RET | BPF_K, (action))
+    #define ALLOWED VERDICT(SECCOMP_RET_ALLOW)
+    #define REFUSED VERDICT(SECCOMP_RET_ERRNO | EPERM)
+    #define DEATH VERDICT(SECCOMP_RET_KILL_PROCESS)
+    /* If what was loaded is `value`, go on with these; else behind them. */
+    #define WHEN(value, ...) \\
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), 0, COUNT(__VA_ARGS__)), __VA_ARGS__
+    #define ANY_OF_2(a, b) WHEN(a, ALLOWED), WHEN(b, ALLOWED)
+    #define ANY_OF_4(a, b, c, d) ANY_OF_2(a, b), ANY_OF_2(c, d)
+    #define CALL(name, ...) WHEN(__NR_##name, __VA_ARGS__)
+    #define ALLOW(name) CALL(name, ALLOWED)
+    #define FATAL(name) CALL(name, DEATH)
+
+    /* Behind the check of the family: a plain TCP or UDP socket, nothing raw and no other protocol. */
+    #define SOCKET_OF_TCP_OR_UDP \\
+        ARGUMENT(1), KEEP(~(SOCK_NONBLOCK | SOCK_CLOEXEC)), \\
+        WHEN(SOCK_STREAM, ARGUMENT(2), ANY_OF_2(0, IPPROTO_TCP), REFUSED), \\
+        WHEN(SOCK_DGRAM, ARGUMENT(2), ANY_OF_2(0, IPPROTO_UDP), REFUSED), \\
+        REFUSED
+
+    static const struct sock_filter ambassador_filter[] = {
+        FIELD(arch),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, OUR_ARCH, 1, 0), DEATH,
+        FIELD(nr),
+
+        /* What moves bytes. Kernels since 5.11 remember calls that need no look at their arguments
+           and do not run the filter for them; for older ones these come first. */
+        ALLOW(recvfrom), ALLOW(sendto), ALLOW(splice), ALLOW(recvmmsg), ALLOW(sendmmsg),
+    #ifdef __NR_epoll_wait
+        ALLOW(epoll_wait),
+    #endif
+        ALLOW(epoll_pwait), ALLOW(epoll_ctl), ALLOW(accept4), ALLOW(connect), ALLOW(close),
+        ALLOW(shutdown), ALLOW(recvmsg), ALLOW(sendmsg),
+        ALLOW(epoll_create1),  /* once, when the loop is made */
+        CALL(socket,
+             ARGUMENT(0),
+             WHEN(AF_INET, SOCKET_OF_TCP_OR_UDP),
+             WHEN(AF_INET6, SOCKET_OF_TCP_OR_UDP),
+             REFUSED),
+        /* Exactly the options that the loops set: behind others are packet filters, kernel TLS, netfilter
+           tables. tests/relay/test_sandbox.py compares this with the loops' sources. */
+        CALL(setsockopt,
+             ARGUMENT(1),
+             WHEN(SOL_SOCKET,
+                  ARGUMENT(2), ANY_OF_4(SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF), REFUSED),
+             WHEN(IPPROTO_TCP,
+                  ARGUMENT(2), ANY_OF_4(TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT), REFUSED),
+             WHEN(IPPROTO_UDP,
+                  ARGUMENT(2), ANY_OF_2(UDP_GRO, UDP_SEGMENT), REFUSED),
+             REFUSED),
+        CALL(getsockopt,
+             ARGUMENT(1),
+             WHEN(SOL_SOCKET, ARGUMENT(2), WHEN(SO_ERROR, ALLOWED), REFUSED),
+             REFUSED),
+        CALL(pipe2,  /* no O_NOTIFICATION_PIPE */
+             ARGUMENT(1), WHEN(O_NONBLOCK | O_CLOEXEC, ALLOWED), REFUSED),
+        CALL(fcntl,
+             ARGUMENT(1), ANY_OF_2(F_SETPIPE_SZ, F_GETPIPE_SZ), REFUSED),
+
+        /* What the Python shell around them needs: its pipe and standard error, memory, time, its end. */
+        ALLOW(read), ALLOW(write), ALLOW(munmap), ALLOW(brk), ALLOW(madvise), ALLOW(mremap),
+        CALL(mmap,  /* memory is never executable: what is injected cannot run */
+             ARGUMENT(2), KEEP(PROT_EXEC), WHEN(0, ALLOWED), REFUSED),
+        CALL(mprotect,
+             ARGUMENT(2), KEEP(PROT_EXEC), WHEN(0, ALLOWED), REFUSED),
+        ALLOW(clock_gettime), ALLOW(gettimeofday), ALLOW(getrandom), ALLOW(getpid),
+        CALL(futex,  /* waiting and waking; requeueing and priorities have had too many holes */
+             ARGUMENT(1), KEEP(~(FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME)),
+             ANY_OF_4(FUTEX_WAIT, FUTEX_WAKE, FUTEX_WAIT_BITSET, FUTEX_WAKE_BITSET), REFUSED),
+        CALL(prctl,  /* the process title */
+             ARGUMENT(0), WHEN(PR_SET_NAME, ALLOWED), REFUSED),
+        ALLOW(rt_sigreturn), ALLOW(restart_syscall), ALLOW(rt_sigaction), ALLOW(rt_sigprocmask),
+        ALLOW(exit), ALLOW(exit_group),
+
+        /* Nobody but an intruder: other programs, other processes, the kernel's larger doors. */
+        FATAL(execve), FATAL(execveat), FATAL(clone),
+    #ifdef __NR_fork
+        FATAL(fork), FATAL(vfork),
+    #endif
+    #ifdef __NR_clone3
+        FATAL(clone3),
+    #endif
+        FATAL(ptrace), FATAL(process_vm_readv), FATAL(process_vm_writev),
+        FATAL(unshare), FATAL(setns), FATAL(mount), FATAL(umount2), FATAL(pivot_root), FATAL(chroot),
+        FATAL(bpf), FATAL(perf_event_open), FATAL(userfaultfd),
+    #ifdef __NR_io_uring_setup
+        FATAL(io_uring_setup), FATAL(io_uring_enter), FATAL(io_uring_register),
+    #endif
+        FATAL(add_key), FATAL(request_key), FATAL(keyctl),
+        FATAL(init_module), FATAL(finit_module), FATAL(delete_module), FATAL(kexec_load),
+        FATAL(open_by_handle_at),
+        REFUSED,
+    };
+
+    static int ambassador_filter_install(void) {
+        struct sock_fprog program = {
+            sizeof(ambassador_filter) / sizeof(*ambassador_filter),
+            (struct sock_filter *) ambassador_filter
+        };
+        /* SPEC_ALLOW: before 5.16 a filter also turned on a guard against speculation *within* a process
+           (SSBD), which is for those that run strangers' code, and costs the loops a tenth. */
+        if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, &program) == 0)
+            return 0;
+        return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0);
+    }
+    #else
+    static int ambassador_filter_install(void) {
+        return -1;  /* an architecture whose table nobody has tried */
+    }
+    #endif
+
+    /* ------------------------------------------------------------------------------ capabilities */
+
+    static int ambassador_capabilities_get(struct __user_cap_data_struct *sets) {
+        struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+        return (int) syscall(SYS_capget, &header, sets);
+    }
+
+    static int ambassador_capabilities_drop(void) {
+        struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+        struct __user_cap_data_struct none[2] = {{0, 0, 0}, {0, 0, 0}};
+        return (int) syscall(SYS_capset, &header, none);
+    }
+    """
+    enum:
+        CAP_KILL, PR_CAPBSET_DROP, PR_CAPBSET_READ, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL
+        PR_GET_DUMPABLE, PR_GET_NO_NEW_PRIVS, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS
+    ctypedef unsigned int uid_t
+    ctypedef unsigned int gid_t
+    struct capability_set "__user_cap_data_struct":
+        unsigned int effective
+        unsigned int permitted
+        unsigned int inheritable
+    int prctl(int option, ...) nogil
+    int getpid() nogil
+    uid_t geteuid() nogil
+    int getresuid(uid_t *real, uid_t *effective, uid_t *saved) nogil
+    int setresuid(uid_t real, uid_t effective, uid_t saved) nogil
+    int setresgid(gid_t real, gid_t effective, gid_t saved) nogil
+    int getgroups(int count, gid_t *groups) nogil
+    int setgroups(size_t count, const gid_t *groups) nogil
+    int capabilities_get "ambassador_capabilities_get" (capability_set *sets) nogil
+    int capabilities_drop "ambassador_capabilities_drop" () nogil
+    int filter_install "ambassador_filter_install" () nogil
+
+cdef enum:
+    NOBODY = 65534
+    OWN_USERS = 2000000000  # 1879048192 to 2147483647 are unassigned: systemd's UIDS-GIDS.md
+    CAPABILITIES = 64  # as many as two words can name; the kernel knows fewer
+
+cdef enum:  # the steps, as bits of the word in the counters page
+    NO_NEW_PRIVILEGES = 1
+    BOUNDING = 2
+    GROUPS = 4
+    UID = 8
+    CAPABILITY_SETS = 16
+    NOT_DUMPABLE = 32
+    SECCOMP = 64
+    ALL_STEPS = 127
+
+cdef enum:  # where in that word they are
+    MISSING_SHIFT = 8
+    ENTERED = 1 << 16  # the word is not 0, whatever holds
+
+STEPS = ("no-new-privileges", "bounding", "groups", "uid", "capabilities", "dumpable", "seccomp")
+MISSING = MISSING_SHIFT
+
+
+cdef bint may_change_user() noexcept nogil:
+    """Not without CAP_KILL: a parent that is root without it could never end a worker of another user."""
+    cdef capability_set sets[2]
+    return capabilities_get(sets) == 0 and sets[0].effective >> CAP_KILL & 1
+
+
+cdef uint64_t survey() noexcept nogil:
+    """The steps that hold, read back from the kernel; the filter's cannot be."""
+    cdef uint64_t held = 0
+    cdef capability_set sets[2]
+    cdef uid_t real = 0, effective = 0, saved = 0
+    cdef int capability, bounding = 0
+    for capability in range(CAPABILITIES):
+        bounding |= prctl(PR_CAPBSET_READ, capability, 0, 0, 0) == 1
+    held |= 0 if bounding else BOUNDING
+    held |= NO_NEW_PRIVILEGES if prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1 else 0
+    held |= GROUPS if getgroups(0, NULL) == 0 else 0
+    getresuid(&real, &effective, &saved)
+    held |= UID if real and effective and saved else 0
+    if capabilities_get(sets) == 0 and not (
+        sets[0].effective | sets[0].permitted | sets[0].inheritable
+        | sets[1].effective | sets[1].permitted | sets[1].inheritable
+    ):
+        held |= CAPABILITY_SETS
+    held |= NOT_DUMPABLE if prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) == 0 else 0
+    return held
+
+
+cdef uint64_t give_up() noexcept nogil:
+    """Take every step. The word that says which hold, and which of those that are wanted do not."""
+    cdef uint64_t wanted = ALL_STEPS, held
+    cdef uid_t user
+    cdef int capability
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if geteuid() != 0:
+        wanted &= ~<uint64_t>(GROUPS | BOUNDING)
+    else:
+        for capability in range(CAPABILITIES):
+            prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+        setgroups(0, NULL)
+        if may_change_user():
+            setresgid(NOBODY, NOBODY, NOBODY)
+            user = OWN_USERS + getpid()
+            if setresuid(user, user, user) < 0:
+                setresuid(NOBODY, NOBODY, NOBODY)
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    capabilities_drop()
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # after the change of user, which sets it anew
+    held = survey()
+    if filter_install() == 0:
+        held |= SECCOMP
+    return ENTERED | held | (wanted & ~held) << MISSING_SHIFT
+
+
+def enter(int counters):
+    """Give up all of it, and write into the counters page (a memfd) what holds.
+
+    Returns the steps that are wanting, as bits. There is no way back: the caller has no other thread, and has
+    opened all that it will ever open. Raises OSError where the page cannot be mapped.
+    """
+    cdef uint64_t word
+    cdef uint64_t *page
+    cdef void *mapped = mmap(NULL, COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, counters, 0)
+    if mapped == MAP_FAILED:
+        raise OSError(errno, "mmap of the counters page")
+    page = <uint64_t *>mapped
+    with nogil:
+        word = give_up()
+    page[COUNTER_SANDBOX] = word
+    munmap(mapped, COUNTERS_BYTES)
+    return word >> MISSING_SHIFT & ALL_STEPS
