@@ -150,6 +150,14 @@ def greet(host: str, port: int = PORT) -> str:
         return conversation.greeting()[0]
 
 
+def is_greeted_by(name: str, host: str, port: int = PORT) -> bool:
+    """Whether that server answers now. While another is being left, a reset is no answer."""
+    try:
+        return greet(host, port) == name
+    except ConnectionError:
+        return False
+
+
 def accepts(host: str, port: int = PORT) -> bool:
     """Whether a connection is taken, held or not; False where it is refused."""
     try:

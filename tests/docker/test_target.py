@@ -20,6 +20,7 @@ from tests.docker.peers import (
     create_server,
     fixed_network,
     greet,
+    is_greeted_by,
     lines_with,
     listening_since,
     run_ambassador,
@@ -219,7 +220,7 @@ def test_renamed(stage: Stage) -> None:
 
     second.container.rename(stage.name("second"))
     first.container.rename(name)
-    wait_for("the first one again", lambda: greet(host) == "db", PATIENCE_S)
+    wait_for("the first one again", lambda: is_greeted_by("db", host), PATIENCE_S)
 
 
 def test_created_anew_with_other_ports(stage: Stage) -> None:

@@ -19,6 +19,7 @@ from tests.docker.peers import (
     Conversation,
     free_port,
     greet,
+    is_greeted_by,
     lines_with,
     run_ambassador,
     run_server,
@@ -39,6 +40,7 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     )
     names = [word for box in (crashing, healthy, other) for word in ("-name", box.name)]
     ambassador, host = run_ambassador(stage, *names)
+    wait_until_accepts(host, 7003)  # each target's ports come when Docker has told of that target
 
     with Conversation(host) as conversation, Caller(host, 7002) as caller:
         assert conversation.greeting()[0] == "healthy"
@@ -64,7 +66,7 @@ def test_two_targets_want_one_port(stage: Stage) -> None:
     )
     assert greet(host) == "second", "so far nobody else wants it"
     first = run_server(stage, "first", TCP, "7001/tcp")
-    wait_for("the first one", lambda: greet(host) == "first", PATIENCE_S)
+    wait_for("the first one", lambda: is_greeted_by("first", host), PATIENCE_S)
     wait_until_accepts(host, 7001)
     assert greet(host, 7001) == "first"
     assert greet(host, 7002) == "second"
