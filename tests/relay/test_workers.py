@@ -119,7 +119,7 @@ def test_udp_clients_stay_on_their_worker(run: Run, peers: Peers) -> None:
     assert all(len(sources) == 1 for sources in seen.values())
     assert len(seen) == 40
     used = [psutil.Process(pid).num_fds() for pid in program.workers(f"{port}/udp")]
-    assert sorted(used)[1] > min(used), "more than one of them has sessions"
+    assert max(used) - min(used) < 40, "no worker has all the sessions"
 
 
 def test_a_port_that_somebody_has_is_not_shared(run: Run) -> None:
