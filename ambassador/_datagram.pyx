@@ -31,8 +31,8 @@ Invariants
 - A session that ended is freed after the batch of events that may still name it.
 - When the table is full, the session that proved least goes: first the longest idle of those that never
   answered a reply (a forged source cannot), then the longest idle of all.
-- Ownership: the loop owns the backend sockets. The listener, the control pipe and the counters page
-  belong to the caller and must outlive the loop.
+- Ownership: the loop owns the backend sockets and its mapping of the counters page. The listener and the
+  control pipe belong to the caller and must outlive the loop.
 
 Sources: udp(7), ip(7), ipv6(7), recvmmsg(2), sendmmsg(2); net/ipv4/udp.c for what UDP_SEGMENT refuses.
 """

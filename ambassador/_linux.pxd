@@ -10,7 +10,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EINTR, EAGAIN, EINVAL, ENOSYS, EIO, EMSGSIZE, EPERM, ENOBUFS, ENOMEM, EMFILE, ENFILE
-        ECONNREFUSED, ECONNRESET, ECONNABORTED, ETIMEDOUT, EINPROGRESS, EADDRNOTAVAIL
+        ECONNREFUSED, ECONNRESET, ECONNABORTED, EINPROGRESS, EADDRNOTAVAIL
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -46,7 +46,7 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
-        EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
+        EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
         EPOLLIN, EPOLLPRI, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET, EPOLLEXCLUSIVE
     ctypedef union epoll_data_t:
         uint64_t u64
@@ -66,12 +66,10 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
         SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF
-        SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
+        SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
     ctypedef unsigned short sa_family_t
     struct sockaddr:
         sa_family_t sa_family
-    struct sockaddr_storage:
-        sa_family_t ss_family
     struct linger:
         int l_onoff
         int l_linger
@@ -152,8 +150,7 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "<sys/mman.h>" nogil:
     enum:
-        PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MADV_DONTNEED
+        PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS
     void *MAP_FAILED
     void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
     int munmap(void *address, size_t length)
-    int madvise(void *address, size_t length, int advice)

@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 A *connection* is two sockets, the client's and the backend's, and two *directions*. A direction has a
 source and a destination and moves bytes in one of two ways. It starts by copying: recv into a buffer
-that belongs to the worker, send at once. After FULL_READS reads that filled the buffer it is bulk, and it
+that belongs to the worker, send at once. After FULL_READS reads of FULL_READ bytes it is bulk, and it
 borrows a pipe and splices; after SMALL_MOVES small moves it copies again. Splicing loses below about
-8-16 KiB a move and wins twofold at 64 KiB and over (docs/design.md has the figures).
+8-16 KiB a move and won twofold at 64 KiB and over in the experiments before this loop.
 
 Each socket is added to epoll once, edge-triggered, and never modified: what the kernel said of it is kept
 in `ready` until a call answers EAGAIN. A direction that has spent its budget goes to the ready list, so
@@ -28,8 +28,8 @@ Invariants
   included, ends it with a reset; only a connection whose two directions have ended is disarmed first.
 - A closed connection's memory is freed after the batch of events that may still name it.
 - A connection is in exactly one list: connecting, held, open or closed.
-- Ownership: the loop owns every descriptor it accepts or makes. The listener, the control pipe and the
-  counters page belong to the caller and must outlive the loop.
+- Ownership: the loop owns every descriptor it accepts or makes, and its mapping of the counters page. The
+  listener and the control pipe belong to the caller and must outlive the loop.
 
 Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LINGER 0 does at close.
 """

@@ -125,7 +125,10 @@ def pack(record: Record) -> bytes:
 
 
 class Unpacker:
-    """Splits a byte stream into records; holds the bytes of an unfinished one."""
+    """Splits a byte stream into records; holds the bytes of an unfinished one.
+
+    For tests and tools: a worker calls `_wire.take`, as this does, and spares itself the objects.
+    """
 
     def __init__(self) -> None:
         self._bytes = bytearray()

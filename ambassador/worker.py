@@ -2,8 +2,9 @@
 
 Invariants:
 
-- The child has three descriptors of its own (listener, control pipe, counters) besides standard error,
-  and no thread. Everything it knows came over the control pipe: Start first, then Repoint, then Drain.
+- The child is lent three descriptors (listener, control pipe, and the counters page, which it maps) besides
+  standard error, and has no thread. Everything it knows came over the control pipe: Start first, then
+  Repoint, then Drain.
 - The child enters its sandbox when it has heard its Start and before its loop exists, so before any traffic.
 - The child leaves the compiled loop only for control. End of file on the control pipe means that the
   parent is gone: it exits at once, and every connection it had ends in a reset.
