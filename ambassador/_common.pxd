@@ -12,6 +12,7 @@ from ambassador._linux cimport (
     AF_INET6,
     CLOCK_MONOTONIC,
     EPOLL_CTL_ADD,
+    EPOLL_CTL_MOD,
     MAP_FAILED,
     MAP_SHARED,
     PROT_READ,
@@ -126,3 +127,11 @@ cdef inline int watch(int epoll, int fd, uint32_t events, uint64_t data) noexcep
     event.events = events
     event.data.u64 = data
     return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event)
+
+
+cdef inline int watch_again(int epoll, int fd, uint32_t events, uint64_t data) noexcept nogil:
+    """Be told of other events at an `fd` that is watched already; -1 with errno."""
+    cdef epoll_event event
+    event.events = events
+    event.data.u64 = data
+    return epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event)

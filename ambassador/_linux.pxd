@@ -46,7 +46,7 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
-        EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+        EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
         EPOLLIN, EPOLLPRI, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP, EPOLLET, EPOLLEXCLUSIVE
     ctypedef union epoll_data_t:
         uint64_t u64

@@ -8,12 +8,17 @@ that belongs to the worker, send at once. After FULL_READS reads of FULL_READ by
 borrows a pipe and splices; after SMALL_MOVES small moves it copies again. Splicing loses below about
 8-16 KiB a move and won twofold at 64 KiB and over in the experiments before this loop.
 
-Each socket is added to epoll once, edge-triggered, and never modified: what the kernel said of it is kept
-in `ready` until a call answers EAGAIN. A direction that has spent its budget goes to the ready list, so
-that one bulk stream does not starve the rest.
+Each socket is added to epoll once, edge-triggered: what the kernel said of it is kept in `ready` until a
+call answers EAGAIN. Only a source whose bytes pile up before a full destination is modified: each segment
+that arrives would wake the loop for nothing, so it is muted until it has been emptied. A direction that has
+spent its budget goes to the ready list, so that one bulk stream does not starve the rest.
+
+A batch of several events is handled in two steps: the small reads first, one behind the other into the
+worker's buffer, then all their sends. The receivers then wake once for several messages, and the kernel's
+code for each step stays in the cache.
 
     wait -> for each event: listener? accept : control? return to Python : connection? pump
-         -> turn the ready list -> retry what is held -> expire -> free what was closed
+         -> send what was lent -> turn the ready list -> retry what is held -> expire -> free what was closed
 
 While no backend takes connections, clients are *held*: accepted, and not read. One of them, the probe,
 tries the backend every few milliseconds; when it gets through, all are released.
@@ -26,6 +31,7 @@ Invariants
 - A client that sees a clean end has got every byte. Every socket is armed (SO_LINGER with time 0, on the
   client's side inherited from the listener), so whatever ends a connection, SIGKILL of this process
   included, ends it with a reset; only a connection whose two directions have ended is disarmed first.
+- What is lent of the worker's buffer is sent, or kept elsewhere, before the batch ends.
 - A closed connection's memory is freed after the batch of events that may still name it.
 - A connection is in exactly one list: connecting, held, open or closed.
 - Ownership: the loop owns every descriptor it accepts or makes, and its mapping of the counters page. The
@@ -35,7 +41,7 @@ Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LING
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ambassador._common cimport (
@@ -53,6 +59,7 @@ from ambassador._common cimport (
     counters_unmap,
     monotonic_ms,
     watch,
+    watch_again,
 )
 from ambassador._linux cimport (
     EADDRNOTAVAIL,
@@ -119,11 +126,13 @@ from ambassador._linux cimport (
     socklen_t,
     splice,
 )
+from ambassador._slab cimport slabs_free, slabs_give, slabs_init, slabs_t, slabs_take
 
 # ---------------------------------------------------------------------------------------------- limits
 
 cdef enum:
     COPY_BYTES = 65536  # of one read while copying; also what counts as a full read
+    LENT_MOST = 256  # small reads that wait for the end of their batch; further ones are sent at once
     FULL_READ = COPY_BYTES // 2  # bytes; a little less than the buffer is full too, as segments do not fit it
     FULL_READS = 3  # in a row, and a direction is bulk (HAProxy's rule)
     SMALL_MOVE = 16384  # bytes; below this a splice costs more than a copy
@@ -142,8 +151,9 @@ cdef enum:
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
 
-cdef enum:  # of every socket of a connection, once and for all
+cdef enum:  # of every socket of a connection
     EVENTS = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    EVENTS_MUTED = EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
 
 cdef enum:
     CLIENT = 0
@@ -160,12 +170,14 @@ cdef enum:  # what epoll said of a socket and no call has contradicted since
     FINISHED = 16  # a FIN is queued and no error: behind a short read there is nothing else
     URGENT = 32  # reads end at the urgent mark: a short read says nothing
     FAILED = 8  # an error: once its end of file was read, no read will tell of it
+    MUTED = 64  # epoll was told not to tell of bytes
 
 cdef enum:  # flags of a direction
     SPLICING = 1
     SOURCE_ENDED = 2
     ENDED_FORWARDED = 4
     BROKEN = 8  # the destination takes no more: what is left to read the other way, then a reset
+    LENT = 16  # its spill is a part of the worker's buffer, until the end of the batch
 
 cdef enum:  # what a pump came to
     PUMP_WAIT = 0  # for an event
@@ -242,6 +254,7 @@ cdef struct connection_t:
     uint8_t state
     uint8_t queued  # on the ready list
     uint8_t was_held
+    uint8_t sent  # writes to the backend, 2 at most; with the second TCP_NODELAY is set
     direction_t direction[2]  # TO_BACKEND, TO_CLIENT
     uint64_t identity  # of the backend that was dialled
     int64_t hold_until  # ms; no new attempt after this
@@ -249,6 +262,10 @@ cdef struct connection_t:
     connection_t *previous
     connection_t *next
     connection_t *next_ready
+
+cdef struct lent_t:  # a direction whose spill is a part of the worker's buffer
+    connection_t *connection
+    int d
 
 cdef struct list_t:
     connection_t *head
@@ -264,7 +281,12 @@ cdef struct relay_t:
     uint32_t max_held
     uint32_t pipe_bytes  # 0: copy, always
     uint64_t *counters
-    char *buffer  # COPY_BYTES, for every copied read of this worker
+    slabs_t connections
+    char *buffer  # 2 x COPY_BYTES, for every copied read of this worker: room for one behind what is lent
+    uint32_t lent_bytes  # at its start, COPY_BYTES at most
+    uint32_t lent_count
+    lent_t lent[LENT_MOST]
+    bint lending  # a batch of several events is being handled
     pipe_t *pool
     uint32_t pooled
     list_t lists[LISTS]
@@ -340,7 +362,9 @@ cdef void direction_release(relay_t *relay, direction_t *direction) noexcept nog
         pipe_return(relay, direction.pipe)
         direction.pipe = NULL
     if direction.spill != NULL:
-        free(direction.spill)
+        if not direction.flags & LENT:
+            free(direction.spill)
+        direction.flags &= ~LENT
         direction.spill = NULL
     direction.spill_start = direction.spill_end = 0
 
@@ -352,6 +376,7 @@ cdef int direction_break(relay_t *relay, connection_t *connection, int d) noexce
     direction_release(relay, direction)
     direction.flags |= BROKEN
     connection.ready[1 - d] |= READABLE | ENDED
+    connection.ready[1 - d] &= ~FINISHED  # a reset follows, not a FIN: its words must not wait for one
     if connection.direction[1 - d].flags & (SOURCE_ENDED | BROKEN):
         return PUMP_FAILED
     return PUMP_WAIT
@@ -396,14 +421,51 @@ cdef int direction_flush(relay_t *relay, connection_t *connection, int d) noexce
     return PUMP_MORE
 
 
+cdef void source_drained(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """Nothing more to read for now: the next event will tell. A change asks epoll to look again, so what
+    came between the last read and this is told of too (epoll_ctl(2), fs/eventpoll.c, ep_modify).
+    """
+    connection.ready[d] &= ~READABLE
+    if connection.ready[d] & MUTED:
+        connection.ready[d] &= ~MUTED
+        watch_again(relay.epoll, connection.fd[d], EVENTS, <uintptr_t>connection | d)
+
+
+cdef int direction_send(
+    relay_t *relay, connection_t *connection, int d, const char *bytes, uint32_t length, int flags
+) noexcept nogil:
+    """Send `bytes`; what the destination does not take is kept as a spill. COPY_NO_MEMORY if it cannot be."""
+    cdef direction_t *direction = &connection.direction[d]
+    cdef ssize_t sent
+    cdef int on = 1
+    # The first write is never delayed (net/ipv4/tcp_output.c, tcp_nagle_check: nothing small is under way),
+    # and connections of one request spare the call. The client's socket inherits the option.
+    if d == TO_BACKEND and connection.sent < 2:
+        connection.sent += 1
+        if connection.sent == 2:
+            setsockopt(connection.fd[BACKEND], IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
+    sent = max(send(connection.fd[1 - d], bytes, length, flags), 0)  # flushing the rest finds the reason
+    relay.counters[SENT_TO_BACKEND + d] += sent
+    if sent == length:
+        return 0
+    length -= <uint32_t>sent
+    direction.spill = <char *>malloc(length)
+    if direction.spill == NULL:
+        relay.counters[DISCARDED_TO_BACKEND + d] += length
+        return COPY_NO_MEMORY
+    memcpy(direction.spill, bytes + sent, length)
+    direction.spill_start, direction.spill_end = 0, length
+    return 0
+
+
 cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noexcept nogil:
-    """One read into the worker's buffer, sent at once.
+    """One read into the worker's buffer, sent at once or lent until the end of the batch.
 
     The bytes read, 0 at the end, -1 with errno, or COPY_NO_MEMORY.
     """
     cdef direction_t *direction = &connection.direction[d]
-    cdef ssize_t got = recv(connection.fd[d], relay.buffer, COPY_BYTES, MSG_DONTWAIT)
-    cdef ssize_t sent
+    cdef char *room = relay.buffer + relay.lent_bytes
+    cdef ssize_t got = recv(connection.fd[d], room, COPY_BYTES, MSG_DONTWAIT)
     cdef int flags = MSG_NOSIGNAL | MSG_DONTWAIT
     if got <= 0:
         return got
@@ -421,21 +483,51 @@ cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noe
             direction.flags |= SOURCE_ENDED
             flags |= MSG_MORE  # the FIN follows at once, in the same segment
         elif not connection.ready[d] & ENDED:
-            connection.ready[d] &= ~READABLE
-    sent = send(connection.fd[1 - d], relay.buffer, got, flags)
-    if sent == got:
-        relay.counters[SENT_TO_BACKEND + d] += sent
-        return got
-    if sent < 0:
-        sent = 0  # whatever the reason: flushing the rest finds it again
-    relay.counters[SENT_TO_BACKEND + d] += sent
-    direction.spill = <char *>malloc(got - sent)
-    if direction.spill == NULL:
-        relay.counters[DISCARDED_TO_BACKEND + d] += got - sent
+            source_drained(relay, connection, d)
+            if direction_lend(relay, connection, d, room, <uint32_t>got):
+                return got
+    if direction_send(relay, connection, d, room, <uint32_t>got, flags) < 0:
         return COPY_NO_MEMORY
-    memcpy(direction.spill, relay.buffer + sent, got - sent)
-    direction.spill_end = <uint32_t>(got - sent)
     return got
+
+
+cdef inline bint direction_lend(
+    relay_t *relay, connection_t *connection, int d, char *room, uint32_t length
+) noexcept nogil:
+    """Leave `length` bytes where they were read until the end of the batch. False: they must be sent now."""
+    cdef direction_t *direction = &connection.direction[d]
+    if not relay.lending or relay.lent_count == LENT_MOST or relay.lent_bytes + length > COPY_BYTES:
+        return False
+    direction.flags |= LENT
+    direction.spill, direction.spill_start, direction.spill_end = room, 0, length
+    relay.lent[relay.lent_count].connection, relay.lent[relay.lent_count].d = connection, d
+    relay.lent_count += 1
+    relay.lent_bytes += length
+    return True
+
+
+cdef void lent_send(relay_t *relay, connection_t *connection, int d) noexcept nogil:
+    """Send what a direction was lent, if it still has it: an event of the batch may have ended it."""
+    cdef direction_t *direction = &connection.direction[d]
+    cdef const char *bytes = direction.spill
+    cdef uint32_t length = direction.spill_end
+    if not direction.flags & LENT:
+        return
+    direction.flags &= ~LENT
+    direction.spill, direction.spill_end = NULL, 0
+    if direction_send(relay, connection, d, bytes, length, MSG_NOSIGNAL | MSG_DONTWAIT) < 0:
+        connection_drop(relay, connection, RESET)
+    elif direction.spill != NULL or direction_can_move(connection, d):
+        connection_queue(relay, connection)
+
+
+cdef void lent_send_all(relay_t *relay) noexcept nogil:
+    """The end of a batch, in the order in which the bytes were read."""
+    cdef uint32_t i
+    relay.lending = False
+    for i in range(relay.lent_count):
+        lent_send(relay, relay.lent[i].connection, relay.lent[i].d)
+    relay.lent_count = relay.lent_bytes = 0
 
 
 cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noexcept nogil:
@@ -477,7 +569,7 @@ cdef int direction_pump(relay_t *relay, connection_t *connection, int d) noexcep
     while True:
         if direction.flags & SOURCE_ENDED and connection.ready[d] & FAILED:
             return PUMP_FAILED  # a reset behind its own end of file
-        if direction.flags & (BROKEN | ENDED_FORWARDED):
+        if direction.flags & (BROKEN | ENDED_FORWARDED | LENT):
             return PUMP_WAIT
         if direction_in_flight(direction):
             if not connection.ready[1 - d] & WRITABLE:
@@ -504,7 +596,7 @@ cdef int direction_pump(relay_t *relay, connection_t *connection, int d) noexcep
         elif got == COPY_NO_MEMORY:
             return PUMP_FAILED
         elif errno == EAGAIN:
-            connection.ready[d] &= ~READABLE
+            source_drained(relay, connection, d)
         elif errno != EINTR:  # a reset, or the network's word that the peer is gone
             return PUMP_FAILED
 
@@ -675,7 +767,6 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     """Start to connect to the next backend. False if that failed at once and the connection moved on."""
     cdef backend_t *backend = backends_next(&relay.backends)
     cdef linger armed
-    cdef int on = 1
     cdef int fd = socket(
         backend.address.v4.sin_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP
     )
@@ -688,7 +779,6 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
         return False
     armed.l_onoff, armed.l_linger = 1, 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
     connection.fd[BACKEND] = fd
     connection.identity = backend.identity
     if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
@@ -731,6 +821,7 @@ cdef void connection_event(
 ) noexcept nogil:
     cdef int error = 0
     cdef socklen_t length = sizeof(error)
+    cdef uint8_t known = connection.ready[side]
     if connection.state == CLOSED:  # by an earlier event of this batch
         return
     if events & (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
@@ -743,8 +834,17 @@ cdef void connection_event(
             connection.ready[side] |= URGENT
         if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP) == EPOLLRDHUP:
             connection.ready[side] |= FINISHED
+        lent_send(relay, connection, 1 - side)  # if that fails, the end it has queued is no clean one
+        if connection.state == CLOSED:
+            return
     if events & EPOLLERR:
         connection.ready[side] |= FAILED
+    if connection.state == OPEN and connection.ready[side] == known:
+        # Bytes behind others that wait for their destination: more will come, and each would wake us.
+        if known & READABLE and not known & (MUTED | ENDED) and not connection.queued:
+            connection.ready[side] |= MUTED
+            watch_again(relay.epoll, connection.fd[side], EVENTS_MUTED, <uintptr_t>connection | side)
+        return
     if connection.state != OPEN:
         if side == CLIENT:
             if events & (EPOLLERR | EPOLLHUP):  # reset: nobody waits for an answer any more
@@ -785,7 +885,7 @@ cdef void accept_resume(relay_t *relay) noexcept nogil:
 
 cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
     """Owns `fd`. Dials at once, unless others wait already or there is nobody to dial."""
-    cdef connection_t *connection = <connection_t *>calloc(1, sizeof(connection_t))
+    cdef connection_t *connection = <connection_t *>slabs_take(&relay.connections)
     if connection == NULL:
         close(fd)
         accept_pause(relay)
@@ -891,7 +991,7 @@ cdef void free_closed(relay_t *relay) noexcept nogil:
         following = connection.next
         if not connection.queued:
             list_remove(relay, connection)
-            free(connection)
+            slabs_give(&relay.connections, connection)
         connection = following
 
 
@@ -907,6 +1007,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         if count < 0 and errno != EINTR:
             return -1
         relay.now = monotonic_ms()
+        relay.lending = count > 1
         for i in range(max(count, 0)):
             data = events[i].data.u64
             if data == EVENT_LISTENER:
@@ -916,6 +1017,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
             else:
                 connection = <connection_t *><uintptr_t>(data & ~<uint64_t>1)
                 connection_event(relay, connection, data & 1, events[i].events)
+        lent_send_all(relay)
         ready_turn(relay)
         expire(relay)
         free_closed(relay)
@@ -983,7 +1085,8 @@ cdef class TcpRelay:
         self.relay.max_held, self.relay.pipe_bytes = max_held, pipe_bytes
         self.relay.retry_ms = RETRY_FIRST_MS
         self.relay.now = monotonic_ms()
-        self.relay.buffer = <char *>malloc(COPY_BYTES)
+        slabs_init(&self.relay.connections, sizeof(connection_t))
+        self.relay.buffer = <char *>malloc(2 * COPY_BYTES)
         if self.relay.buffer == NULL:
             raise MemoryError
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
@@ -1014,6 +1117,7 @@ cdef class TcpRelay:
             free(pipe)
         if relay.epoll >= 0:
             close(relay.epoll)
+        slabs_free(&relay.connections)
         free(relay.buffer)
         free(relay.backends.items)
         counters_unmap(relay.counters)
