@@ -34,12 +34,14 @@ cdef enum:
     COUNTER_VERSION = 0
     COUNTER_GENERATION = 1  # of the list of backends in force
     COUNTER_BACKENDS = 2  # how many there are in it
+    COUNTER_HEARTBEAT = 3  # CLOCK_MONOTONIC in ms at the latest turn of the loop; 0 until the first
     COUNTER_SANDBOX = 7  # what the worker gave up (_sandbox.pyx); 0 until it has
     COUNTER_OWN = 8
 
 cdef enum:
     COUNTERS_VERSION = 1
     COUNTERS_BYTES = 4096
+    BEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from one that is stuck
 
 ctypedef union address_t:
     sockaddr_in v4

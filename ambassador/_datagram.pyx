@@ -44,8 +44,10 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from ambassador._common cimport (
+    BEAT_MS,
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
+    COUNTER_HEARTBEAT,
     COUNTER_OWN,
     COUNTER_VERSION,
     COUNTERS_VERSION,
@@ -914,7 +916,7 @@ cdef void expire(relay_t *relay) noexcept nogil:
 
 
 cdef int next_timeout(relay_t *relay) noexcept nogil:
-    """Milliseconds until a session expires or draining ends; -1 (no timer at all) when neither can."""
+    """Milliseconds until something is due: a session's end, a trial, or else the next heartbeat."""
     cdef int64_t due = -1
     cdef int i
     for i in range(CLASSES):
@@ -928,8 +930,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     if relay.draining and (due < 0 or relay.drain_at < due):
         due = relay.drain_at
     if due < 0:
-        return -1
-    return <int>max(due - relay.now, 0)
+        return BEAT_MS
+    return <int>min(max(due - relay.now, 0), BEAT_MS)
 
 
 cdef void free_ended(relay_t *relay) noexcept nogil:
@@ -950,6 +952,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         if count < 0 and errno != EINTR:
             return -1
         relay.now = monotonic_ms()
+        relay.counters[COUNTER_HEARTBEAT] = relay.now
         clients = False
         for i in range(max(count, 0)):
             if events[i].data.u64 == EVENT_LISTENER:

@@ -45,8 +45,10 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ambassador._common cimport (
+    BEAT_MS,
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
+    COUNTER_HEARTBEAT,
     COUNTER_OWN,
     COUNTER_VERSION,
     COUNTERS_VERSION,
@@ -962,7 +964,7 @@ cdef inline bint relay_drained(relay_t *relay) noexcept nogil:
 
 
 cdef int next_timeout(relay_t *relay) noexcept nogil:
-    """Milliseconds until something is due: 0 if work is waiting, -1 (no timer at all) if idle."""
+    """Milliseconds until something is due: 0 if work is waiting, until the next heartbeat if idle."""
     cdef int64_t due = -1
     if relay.ready_head != NULL or relay_drained(relay):
         return 0
@@ -979,8 +981,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     if relay.draining and (due < 0 or relay.drain_at < due):
         due = relay.drain_at
     if due < 0:
-        return -1
-    return <int>max(due - relay.now, 0)
+        return BEAT_MS
+    return <int>min(max(due - relay.now, 0), BEAT_MS)
 
 
 cdef void free_closed(relay_t *relay) noexcept nogil:
@@ -1008,6 +1010,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
             return -1
         relay.now = monotonic_ms()
         relay.lending = count > 1
+        relay.counters[COUNTER_HEARTBEAT] = relay.now
         for i in range(max(count, 0)):
             data = events[i].data.u64
             if data == EVENT_LISTENER:

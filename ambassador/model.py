@@ -33,6 +33,14 @@ class Sandbox(enum.StrEnum):
     OFF = "off"
 
 
+class ProcessState(enum.Enum):
+    """What a process is doing, as far as it matters to who waits for it."""
+
+    RUNNING = enum.auto()  # or would, if there were a processor or a disk for it
+    WAITING = enum.auto()  # for something; or it is stopped
+    ENDED = enum.auto()
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Listener:
     """One accepting socket: a port (1 to 65535) and a protocol. Written `6379/tcp`."""

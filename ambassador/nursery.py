@@ -111,6 +111,19 @@ class Nursery:
             return Forked(pid, fds[0] if fds else -1)
         return Exited(pid, status)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it is stopped (SIGSTOP), and so deaf; SIGCHLD tells of the moment."""
+        try:
+            look = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, look) is not None
+        except ChildProcessError:  # it has ended
+            return False
+
+    def kill(self) -> None:
+        """For one that is stopped. Its workers go on."""
+        os.kill(self.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """Let go of it: it ends, and takes its children with it."""
         self._socket.close()

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import psutil
 
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener, ProcessState, Protocol
+
+_RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_WAKING}
+_ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+
+
+def process_state(pid: int) -> ProcessState:
+    try:
+        state = psutil.Process(pid).status()
+    except psutil.Error:  # hidden (hidepid of proc(5)), or buried since
+        return ProcessState.WAITING
+    if state in _RUNNING:
+        return ProcessState.RUNNING
+    return ProcessState.ENDED if state in _ENDED else ProcessState.WAITING
 
 
 def port_owner(listener: Listener) -> str:

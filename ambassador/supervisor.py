@@ -1,7 +1,7 @@
 """The parent's loop: brings what runs to what is desired, and keeps it there.
 
     wait -> dispatch (wake, nursery, a worker's pipe) -> signals -> reconcile -> start what is due
-         -> kill what is overdue -> report what was lost
+         -> kill what is overdue or stuck -> report what was lost
 
 Invariants:
 
@@ -29,11 +29,12 @@ from functools import partial
 from types import FrameType
 
 from ambassador import control, sandbox
-from ambassador.model import DesiredState, Listener, Protocol, Sandbox
+from ambassador.model import DesiredState, Listener, ProcessState, Protocol, Sandbox
 from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
 from ambassador.post import Post, Seat
 from ambassador.reconcile import Repoint, Start, Stop, plan
-from ambassador.status import port_owner
+from ambassador.status import port_owner, process_state
+from ambassador.watchdog import Watchdog
 from ambassador.worker import EXIT_UNCONFINED, LOSSES, Handle
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Supervisor:
         self._changed = True
         self._draining = False
         self._report_at = 0.0
+        self._watchdog = Watchdog()
+        self._nursery_stopped_at: float | None = None
         self._exit_code = 0
         # Every worker has the same to give up: the first that has done it speaks for all.
         self._sandbox_look: float | None = 0.0 if limits.sandbox is Sandbox.AUTO else None
@@ -126,6 +129,7 @@ class Supervisor:
             self._reconcile()
             self._start_due()
             self._kill_overdue()
+            self._kill_stuck()
             self._report_losses()
             self._look_at_sandbox()
         self._nursery.close()
@@ -144,6 +148,8 @@ class Supervisor:
         moments += [leaver.kill_at for leaver in self._leavers]
         if self._posts:
             moments.append(self._report_at)
+        if self._posts or self._leavers:
+            moments.append(self._watchdog.look_at)
         if self._sandbox_look is not None and self._posts:
             moments.append(self._sandbox_look)
         if self._changed:
@@ -171,6 +177,7 @@ class Supervisor:
             number = self._signals.popleft()
             if number == signal.SIGCHLD:
                 _reap()
+                self._look_at_nursery()
             elif self._draining:
                 log.warning("told to stop again, not waiting for connections")
                 self._leave_now()
@@ -326,6 +333,7 @@ class Supervisor:
             "the nursery ended, starting another", extra={"fields": {"pid": self._nursery.pid}}
         )
         self._selector.unregister(self._nursery)
+        self._nursery_stopped_at = None
         self._nursery.close()
         self._nursery = Nursery.launch()
         self._selector.register(self._nursery, selectors.EVENT_READ, self._hear_nursery)
@@ -426,6 +434,40 @@ class Supervisor:
             if leaver.kill_at <= now:
                 leaver.handle.kill()
                 leaver.kill_at = now + KILL_GRACE_S
+
+    # -- what does not answer
+
+    def _look_at_nursery(self) -> None:
+        """SIGCHLD: it may have been stopped, or set going again."""
+        if not self._nursery.stopped:
+            self._nursery_stopped_at = None
+        elif self._nursery_stopped_at is None:
+            self._nursery_stopped_at = time.monotonic()
+
+    def _kill_stuck(self) -> None:
+        """Workers that do not turn, and a stopped nursery; word of their end comes as that of any other."""
+        now = time.monotonic()
+        if not self._watchdog.begin(now):
+            return
+        for post in self._posts.values():
+            for worker in post.workers:
+                if worker.pid and not worker.doomed:
+                    self._judge(post, worker, now)
+        stopped_at = self._nursery_stopped_at
+        if stopped_at is None:
+            return
+        if self._watchdog.is_stuck(stopped_at, lambda: ProcessState.WAITING):
+            fields = {"pid": self._nursery.pid}
+            log.error("the nursery is stopped, killing it", extra={"fields": fields})
+            self._nursery.kill()
+            self._nursery_stopped_at = None
+
+    def _judge(self, post: Post, worker: Handle, now: float) -> None:
+        if self._watchdog.is_stuck(worker.alive_at, partial(process_state, worker.pid)):
+            fields = {"pid": worker.pid, "silent_for": f"{now - worker.alive_at:.1f}s"}
+            log.error("a worker is stuck, killing it", extra={"fields": post.fields() | fields})
+            worker.doomed = True
+            worker.kill()
 
 
 def _reap() -> None:

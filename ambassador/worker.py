@@ -18,6 +18,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -44,6 +45,7 @@ EXIT_UNCONFINED = 77
 
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": 1, "backends": 2}
+_HEARTBEAT_WORD = 3
 _SANDBOX_WORD = 7
 _FIRST_COUNTER = 8
 LOSSES = {
@@ -66,13 +68,16 @@ class Handle:
     """A worker as the parent sees it, from the request to fork it until it is reaped.
 
     `pid` is 0 until the nursery has answered. `close` gives up the descriptors, which a live worker
-    takes as the end of its parent; `kill` is for one that does not listen.
+    takes as the end of its parent; `kill` is for one that does not listen. `doomed` says that it was killed
+    for being stuck.
     """
 
     def __init__(self, start: Start, repoint: Repoint) -> None:
         self.listener: Listener = start.listener
         self.pid = 0
         self.draining = False
+        self.doomed = False
+        self._born_at = 0.0
         self._pidfd = -1
         self._counters_fd = os.memfd_create("counters", os.MFD_CLOEXEC)
         os.ftruncate(self._counters_fd, COUNTERS_BYTES)
@@ -92,7 +97,7 @@ class Handle:
 
     def born(self, pid: int, pidfd: int) -> None:
         """The nursery has forked it. Owns `pidfd` from here."""
-        self.pid, self._pidfd = pid, pidfd
+        self.pid, self._pidfd, self._born_at = pid, pidfd, time.monotonic()
         self._forget_lent()
 
     def repoint(self, record: Repoint) -> None:
@@ -155,6 +160,11 @@ class Handle:
         }
         self._known_losses |= {name: now[name] for name in risen}
         return risen
+
+    @property
+    def alive_at(self) -> float:
+        """Its latest sign of life, by time.monotonic(): a turn of its loop, or its birth."""
+        return max(self._words[_HEARTBEAT_WORD] / 1000, self._born_at)
 
     @property
     def sandbox(self) -> int:

@@ -18,6 +18,7 @@ from ambassador.nursery import Nursery
 
 from .harness import Worker, Yard
 from .peers import Peers
+from .program import Program, Run
 
 Start = Callable[..., Worker]
 
@@ -75,6 +76,19 @@ def peers() -> Iterator[Peers]:
     peers = Peers()
     yield peers
     peers.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Run whole programs: `run("-workers", "2", "80/tcp=10.0.0.1:80")`. They end with the test."""
+    with contextlib.ExitStack() as programs:
+
+        def run_one(*arguments: str) -> Program:
+            program = Program(*arguments, log=tmp_path / "log")
+            programs.callback(program.close)
+            return program
+
+        yield run_one
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"], ids=["ipv4", "ipv6"])

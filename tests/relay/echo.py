@@ -25,6 +25,7 @@ class Echo:
         self._error: BaseException | None = None
         self._tags: dict[socket.socket, bytes] = {}
         self._rest: dict[socket.socket, bytes] = {}
+        self.port: int = server.getsockname()[1]
         self.accepted = 0
         self.resets = 0
 

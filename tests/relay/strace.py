@@ -1,11 +1,11 @@
-"""Faults of system calls, by strace attached to a running worker."""
+"""What a running worker calls, and faults of its calls, by strace attached to it."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .harness import wait_until
@@ -24,13 +24,26 @@ def injected(pid: int, *faults: str) -> Iterator[Path]:
 
     Gives the file where strace writes the calls it has seen, those it changed marked `(INJECTED)`.
     """
+    calls = {fault.partition(":")[0] for fault in faults}
+    injects = [argument for fault in faults for argument in ("-e", f"inject={fault}")]
+    with _attached(pid, ",".join(sorted(calls)), injects) as log:
+        yield log
+
+
+@contextlib.contextmanager
+def traced(pid: int, calls: list[str]) -> Iterator[None]:
+    """While in here, `calls` is being filled with every call of the process, a line each (strace(1))."""
+    with _attached(pid, "all") as log:
+        yield
+        calls += log.read_text().splitlines()
+
+
+@contextlib.contextmanager
+def _attached(pid: int, calls: str, arguments: Sequence[str] = ()) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "strace")
-        calls = {fault.partition(":")[0] for fault in faults}
         command = ["strace", "-qq", "-p", str(pid), "-o", str(log), "-s", "0"]
-        command += ["-e", "trace=" + ",".join(sorted(calls))]
-        for fault in faults:
-            command += ["-e", f"inject={fault}"]
+        command += ["-e", f"trace={calls}", *arguments]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
             try:
                 wait_until(

@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psutil
-import pytest
 
 from ambassador.model import Protocol
 
 from .echo import Echo
-from .harness import PATIENCE_S, bind_free, is_gone, wait_until
+from .harness import bind_free, is_gone, wait_until
 from .peers import Peers, read_exactly
-
-Run = Callable[..., "Program"]
-
-
-class Program:
-    """`grand-ambassador relay` as a user runs it."""
-
-    def __init__(self, *arguments: str, log: Path) -> None:
-        self.log = log
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ambassador", "relay", *arguments], stderr=stderr
-            )
-
-    def workers(self, listener: str) -> list[int]:
-        """The processes that serve `6379/tcp`, by their titles."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if process.cmdline()[0].startswith(f"grand-ambassador: {listener} "):
-                    found.append(process.pid)
-        return found
-
-    def has(self, listener: str, count: int) -> None:
-        wait_until(
-            lambda: len(self.workers(listener)) == count,
-            f"{count} workers of {listener}: {self.log.read_text()}",
-        )
-
-    def close(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(PATIENCE_S) == 0
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with contextlib.ExitStack() as programs:
-
-        def run_one(*arguments: str) -> Program:
-            program = Program(*arguments, log=tmp_path / "log")
-            programs.callback(program.close)
-            return program
-
-        yield run_one
-
-
-def free_port(protocol: Protocol) -> int:
-    listener, sock = bind_free(protocol)
-    sock.close()
-    return listener.port
+from .program import Run, free_port
 
 
 def test_tcp_is_shared_and_survives_one_of_them(run: Run, peers: Peers) -> None:

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__init__ model titles _splice _datagram _forker _wire _sandbox",
         "control sockets goflags logs sandbox events documents",
-        "worker status reconcile inspect",
+        "worker status reconcile inspect watchdog",
         "nursery post follower",
         "supervisor engine options admin",
         "discovery",
