@@ -28,6 +28,9 @@ STABLE_S = 10.0
 RESTART_FIRST_S = 0.1
 RESTART_LAST_S = 10.0
 
+DEGRADED_AFTER = 5
+"""Deaths in a row, within 1.5 s at the least: the port is degraded until a worker has lived for STABLE_S."""
+
 
 class Seat:
     """The place of one worker: `worker` while there is one, else `due`, the moment for the next."""
@@ -43,15 +46,32 @@ class Seat:
 
     def lose(self, now: float) -> float:
         """The worker is gone: seconds to wait before the next (0 unless they keep dying)."""
-        if self.worker is not None:
-            self.worker.close()
-            self.worker = None
+        self._vacate()
         self._failures = 1 if now - self.born >= STABLE_S else self._failures + 1
         delay = 0.0
         if self._failures > 1:
             delay = min(RESTART_FIRST_S * 2 ** min(self._failures - 2, 16), RESTART_LAST_S)
         self.due = now + delay
         return delay
+
+    def postpone(self, due: float) -> None:
+        """The worker could not be asked for; that is no fault of its own."""
+        self._vacate()
+        self.due = due
+
+    @property
+    def degraded(self) -> bool:
+        return self._failures >= DEGRADED_AFTER
+
+    def recover(self, now: float) -> None:
+        """No longer degraded, if its worker has proved stable."""
+        if self.worker is not None and now - self.born >= STABLE_S:
+            self._failures = 0
+
+    def _vacate(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
 
 
 class Post:
@@ -75,6 +95,11 @@ class Post:
     @property
     def workers(self) -> list[Handle]:
         return [seat.worker for seat in self.seats if seat.worker is not None]
+
+    @property
+    def degraded(self) -> bool:
+        """Whether workers keep dying here."""
+        return any(seat.degraded for seat in self.seats)
 
     def seat_of(self, worker: Handle) -> Seat:
         return next(seat for seat in self.seats if seat.worker is worker)

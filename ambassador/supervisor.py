@@ -267,8 +267,7 @@ class Supervisor:
         try:
             self._nursery.request(lent)
         except BlockingIOError:  # the nursery is stopped or starved; it is asked again
-            seat.lose(now)
-            seat.due = now + STUCK_NURSERY_RETRY_S
+            seat.postpone(now + STUCK_NURSERY_RETRY_S)
             return
         except NurseryGone:
             seat.lose(now)
@@ -322,10 +321,16 @@ class Supervisor:
                 return
         post = self._posts[handle.listener]
         self._tell_losses(post, handle)
+        was_degraded = post.degraded
         delay = post.seat_of(handle).lose(time.monotonic())
         fields = {"port": post.listener.port, "protocol": post.listener.protocol.value}
         fields |= {"pid": handle.pid, "reason": how, "replaced_in": f"{delay:g}s"}
         log.error("worker ended, replacing it", extra={"fields": fields})
+        if post.degraded and not was_degraded:
+            log.error(
+                "workers keep dying, the port is degraded: clients wait for the next one",
+                extra={"fields": post.fields()},
+            )
 
     def _replace_nursery(self) -> None:
         """Its workers go on. Those it still owed are asked of the new one, and pidfds tell of the rest."""
@@ -411,6 +416,16 @@ class Supervisor:
         for post in self._posts.values():
             for worker in post.workers:
                 self._tell_losses(post, worker)
+            if post.degraded:
+                self._tell_recovery(post, now)
+
+    def _tell_recovery(self, post: Post, now: float) -> None:
+        for seat in post.seats:
+            seat.recover(now)
+        if not post.degraded:
+            log.info(
+                "workers live again, the port is not degraded", extra={"fields": post.fields()}
+            )
 
     def _tell_losses(self, post: Post, worker: Handle) -> None:
         for name, count in worker.losses().items():

@@ -133,3 +133,27 @@ def test_a_busy_worker_is_not_stuck(run: Run, peers: Peers) -> None:
             client.sendall(block)
             assert read_exactly(client, len(block)) == block
         assert program.said("stuck") == 0
+
+
+def test_a_crash_loop(run: Run, peers: Peers) -> None:
+    """W3: slowed down, said once, and the other port does not notice; the first that lives serves all."""
+    with Echo(peers.server()) as echo:
+        dying, healthy = free_port(Protocol.TCP), free_port(Protocol.TCP)
+        to = f"127.0.0.1:{echo.port}"
+        program = run(f"{dying}/tcp={to}", f"{healthy}/tcp={to}")
+        program.has(f"{healthy}/tcp", 1)
+        (bystander,) = program.workers(f"{healthy}/tcp")
+        deaths = 0
+        until = time.monotonic() + 6
+        while time.monotonic() < until:
+            for pid in program.workers(f"{dying}/tcp"):
+                os.kill(pid, signal.SIGKILL)
+            assert ask(healthy) == b"ping"
+            deaths = program.said("worker ended, replacing it")
+        # 0, 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 s apart: no more than eight fit into the time.
+        assert 5 <= deaths <= 8
+        assert program.said("the port is degraded") == 1
+        assert ask(dying) == b"ping"
+        assert program.workers(f"{healthy}/tcp") == [bystander]
+        wait_until(lambda: program.said("the port is not degraded"), "it does not recover")
+        assert program.said("the port is degraded") == 1
