@@ -40,7 +40,8 @@ cdef enum:
 
 cdef enum:
     COUNTERS_VERSION = 1
-    COUNTERS_BYTES = 4096
+    COUNTERS_BYTES = 4096  # of one worker's page; the file has one for each seat of the listener
+    COUNTERS_WORDS = COUNTERS_BYTES // 8
     BEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from one that is stuck
 
 ctypedef union address_t:
@@ -59,14 +60,14 @@ cdef struct backends_t:  # the newest list; replaced whole
     uint32_t turn
 
 
-cdef inline uint64_t *counters_map(int fd) noexcept nogil:
-    """The counters page behind `fd`, NULL with errno where it cannot be had."""
-    cdef void *page = mmap(NULL, COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-    return NULL if page == MAP_FAILED else <uint64_t *>page
+cdef inline uint64_t *counters_map(int fd, uint32_t seat, uint32_t seats) noexcept nogil:
+    """The page of `seat` among those behind `fd`, all of them mapped; NULL with errno if it cannot be had."""
+    cdef void *pages = mmap(NULL, seats * COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    return NULL if pages == MAP_FAILED else <uint64_t *>pages + seat * COUNTERS_WORDS
 
 
-cdef inline void counters_unmap(uint64_t *page) noexcept nogil:
-    munmap(page, COUNTERS_BYTES)
+cdef inline void counters_unmap(uint64_t *page, uint32_t seat, uint32_t seats) noexcept nogil:
+    munmap(page - seat * COUNTERS_WORDS, seats * COUNTERS_BYTES)
 
 
 cdef inline int64_t monotonic_ms() noexcept nogil:

@@ -17,6 +17,8 @@ class UdpRelay:
         control: int,
         *,
         counters: int,
+        seat: int,
+        seats: int,
         hold_ms: int,
         session_idle_ms: int,
         max_sessions: int,

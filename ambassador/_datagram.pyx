@@ -264,6 +264,8 @@ cdef struct relay_t:
     int epoll
     int listener
     int control
+    uint32_t seat
+    uint32_t seats
     uint32_t hold_ms
     uint32_t idle_ms
     uint32_t max_sessions
@@ -1003,7 +1005,8 @@ cdef class UdpRelay:
 
     `listener` (non-blocking, reporting packet info; sockets.bind makes such a one) and `control` (the read
     end of the control pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the page that is shared with the parent (4096 bytes); the loop maps it, and the caller may close it then.
+    the pages that are shared with the parent, one of 4096 bytes to each of `seats`, of which this worker has
+    `seat`; the loop maps them, and the caller may close it then.
     Times are milliseconds. With `gso` false no run of datagrams is
     sent or received as one. Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer
     that is too small or a table without room.
@@ -1017,6 +1020,8 @@ cdef class UdpRelay:
         int control,
         *,
         int counters,
+        uint32_t seat,
+        uint32_t seats,
         uint32_t hold_ms,
         uint32_t session_idle_ms,
         uint32_t max_sessions,
@@ -1028,7 +1033,8 @@ cdef class UdpRelay:
         self.relay.epoll = -1
         if max_sessions < 1:
             raise ValueError("a session table needs room for one")
-        self.relay.counters = counters_map(counters)
+        self.relay.seat, self.relay.seats = seat, seats
+        self.relay.counters = counters_map(counters, seat, seats)
         if self.relay.counters == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
@@ -1085,7 +1091,7 @@ cdef class UdpRelay:
         free(relay.outbox)
         free(relay.buckets)
         free(relay.backends.items)
-        counters_unmap(relay.counters)
+        counters_unmap(relay.counters, relay.seat, relay.seats)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

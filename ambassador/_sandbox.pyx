@@ -30,10 +30,10 @@ Sources: seccomp(2), Documentation/userspace-api/seccomp_filter.rst, capabilitie
 credentials(7).
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
-from ambassador._common cimport COUNTER_SANDBOX, COUNTERS_BYTES
-from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, errno, mmap, munmap
+from ambassador._common cimport COUNTER_SANDBOX, counters_map, counters_unmap
+from ambassador._linux cimport errno
 
 cdef extern from *:
     """
@@ -308,20 +308,18 @@ cdef uint64_t give_up() noexcept nogil:
     return ENTERED | held | (wanted & ~held) << MISSING_SHIFT
 
 
-def enter(int counters):
-    """Give up all of it, and write into the counters page (a memfd) what holds.
+def enter(int counters, uint32_t seat, uint32_t seats):
+    """Give up all of it, and write into this worker's page of the counters (a memfd) what holds.
 
     Returns the steps that are wanting, as bits. There is no way back: the caller has no other thread, and has
     opened all that it will ever open. Raises OSError where the page cannot be mapped.
     """
     cdef uint64_t word
-    cdef uint64_t *page
-    cdef void *mapped = mmap(NULL, COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, counters, 0)
-    if mapped == MAP_FAILED:
+    cdef uint64_t *page = counters_map(counters, seat, seats)
+    if page == NULL:
         raise OSError(errno, "mmap of the counters page")
-    page = <uint64_t *>mapped
     with nogil:
         word = give_up()
     page[COUNTER_SANDBOX] = word
-    munmap(mapped, COUNTERS_BYTES)
+    counters_unmap(page, seat, seats)
     return word >> MISSING_SHIFT & ALL_STEPS

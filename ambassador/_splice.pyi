@@ -17,10 +17,15 @@ class TcpRelay:
         control: int,
         *,
         counters: int,
+        seat: int,
+        seats: int,
         hold_ms: int,
         connect_ms: int,
         max_held: int,
         pipe_bytes: int,
+        max_connections: int,
+        idle_ms: int,
+        half_close_ms: int,
     ) -> None: ...
     def repoint(self, generation: int, backends: list[tuple[bytes, int, int, int]]) -> None: ...
     def drain(self, deadline_ms: int) -> None: ...

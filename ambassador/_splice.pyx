@@ -40,7 +40,7 @@ Invariants
 Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LINGER 0 does at close.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -52,6 +52,7 @@ from ambassador._common cimport (
     COUNTER_OWN,
     COUNTER_VERSION,
     COUNTERS_VERSION,
+    COUNTERS_WORDS,
     backend_t,
     backends_have,
     backends_next,
@@ -152,6 +153,7 @@ cdef enum:
     KEEPALIVE_IDLE_S = 60
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
+    SWEEP_SHARE = 16  # sweeps are this share of a deadline apart, so it is kept to 6 %
 
 cdef enum:  # of every socket of a connection
     EVENTS = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
@@ -223,12 +225,16 @@ cdef enum:  # words of the counters page
     DISCARDED_TO_BACKEND
     DISCARDED_TO_CLIENT
     PIPES_OPEN
+    OVER_LIMIT  # of the rejected: beyond the port's limit
+    IDLE_CLOSED  # of those that were reset
+    HALF_CLOSED_TOO_LONG  # likewise
     COUNTERS_END
 
 COUNTERS = (
     "accepted", "active", "closed", "reset", "rejected", "held", "held_total", "dial_failed",
     "no_local_port", "no_descriptor", "received_from_client", "received_from_backend",
     "sent_to_backend", "sent_to_client", "discarded_to_backend", "discarded_to_client", "pipes_open",
+    "over_limit", "idle_closed", "half_closed_too_long",
 )
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
@@ -249,6 +255,7 @@ cdef struct direction_t:
     uint32_t spill_end
     uint8_t flags
     uint8_t streak  # full reads while copying, small moves while splicing
+    uint32_t ended_at  # low bits of the ms at which its end was forwarded
 
 cdef struct connection_t:
     int fd[2]  # CLIENT, BACKEND; the backend's is -1 while held
@@ -259,7 +266,7 @@ cdef struct connection_t:
     uint8_t sent  # writes to the backend, 2 at most; with the second TCP_NODELAY is set
     direction_t direction[2]  # TO_BACKEND, TO_CLIENT
     uint64_t identity  # of the backend that was dialled
-    int64_t hold_until  # ms; no new attempt after this
+    int64_t hold_until  # ms; no new attempt after this; once open with an idle limit, when a byte last moved
     int64_t deadline  # ms; of this attempt to connect, and once open the moment to begin keepalive
     connection_t *previous
     connection_t *next
@@ -282,6 +289,11 @@ cdef struct relay_t:
     uint32_t connect_ms
     uint32_t max_held
     uint32_t pipe_bytes  # 0: copy, always
+    uint32_t max_connections  # of all seats together; 0: as many as come
+    uint32_t idle_ms  # 0: never
+    uint32_t half_close_ms  # 0: never
+    uint32_t seat
+    uint32_t seats
     uint64_t *counters
     slabs_t connections
     char *buffer  # 2 x COPY_BYTES, for every copied read of this worker: room for one behind what is lent
@@ -300,6 +312,7 @@ cdef struct relay_t:
     int64_t probe_at
     uint32_t retry_ms
     int64_t now
+    int64_t sweep_at  # when an idle or half-closed one may be due; 0: none can
     int64_t accept_at  # when to accept again; 0 while accepting
     int64_t drain_at
     bint draining
@@ -614,6 +627,9 @@ cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept
         if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
             return PUMP_FAILED
     direction.flags |= ENDED_FORWARDED
+    direction.ended_at = <uint32_t>relay.now
+    if relay.half_close_ms:
+        sweep_by(relay, relay.now + relay.half_close_ms)
     return PUMP_WAIT
 
 
@@ -704,12 +720,15 @@ cdef void connection_queue(relay_t *relay, connection_t *connection) noexcept no
 cdef void connection_pump(relay_t *relay, connection_t *connection) noexcept nogil:
     cdef int d, result
     cdef bint more = False
+    cdef uint64_t moved = bytes_moved(relay) if relay.idle_ms else 0
     for d in range(2):
         result = direction_pump(relay, connection, d)
         if result == PUMP_FAILED:
             connection_drop(relay, connection, RESET)
             return
         more = more or result == PUMP_MORE
+    if relay.idle_ms and moved != bytes_moved(relay):
+        connection.hold_until = relay.now
     # A direction that broke marked the other's source readable, which has had its turn already if d was 1.
     if connection.direction[TO_CLIENT].flags & BROKEN and direction_can_move(connection, TO_BACKEND):
         more = True
@@ -721,6 +740,14 @@ cdef void connection_pump(relay_t *relay, connection_t *connection) noexcept nog
 
 cdef inline bint direction_can_move(connection_t *connection, int d) noexcept nogil:
     return connection.ready[d] & READABLE and connection.ready[1 - d] & WRITABLE
+
+
+cdef inline uint64_t bytes_moved(relay_t *relay) noexcept nogil:
+    """Of all connections, in or out: what differs after a pump is of the one that was pumped."""
+    return (
+        relay.counters[RECEIVED_FROM_CLIENT] + relay.counters[RECEIVED_FROM_BACKEND]
+        + relay.counters[SENT_TO_BACKEND] + relay.counters[SENT_TO_CLIENT]
+    )
 
 
 cdef void connection_hold(relay_t *relay, connection_t *connection) noexcept nogil:
@@ -807,6 +834,9 @@ cdef void connection_connected(relay_t *relay, connection_t *connection) noexcep
     cdef uint32_t _one
     connection_move(relay, connection, OPEN)
     connection.deadline = relay.now + KEEPALIVE_AFTER_MS
+    if relay.idle_ms:
+        connection.hold_until = relay.now
+        sweep_by(relay, relay.now + relay.idle_ms)
     if relay.young == NULL:
         relay.young = connection
     relay.retry_ms = RETRY_FIRST_MS
@@ -905,11 +935,33 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
         connection_dial(relay, connection)
 
 
+cdef bint port_is_full(relay_t *relay) noexcept nogil:
+    """In all workers of this port together. Two that accept at one moment may pass the limit by one each."""
+    cdef uint64_t *page = relay.counters - relay.seat * COUNTERS_WORDS
+    cdef uint64_t active = 0
+    cdef uint32_t seat
+    if not relay.max_connections:
+        return False
+    for seat in range(relay.seats):
+        active += page[seat * COUNTERS_WORDS + ACTIVE]
+    return active >= relay.max_connections
+
+
+cdef void accept_rejected(relay_t *relay, int fd) noexcept nogil:
+    """A reset, since the socket has inherited SO_LINGER 0. Not left in the backlog: that would be silence."""
+    close(fd)
+    relay.counters[ACCEPTED] += 1
+    relay.counters[REJECTED] += 1
+    relay.counters[OVER_LIMIT] += 1
+
+
 cdef void accept_batch(relay_t *relay) noexcept nogil:
     cdef int fd, _one
     for _one in range(ACCEPT_BATCH):
         fd = accept4(relay.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
-        if fd >= 0:
+        if fd >= 0 and port_is_full(relay):
+            accept_rejected(relay, fd)
+        elif fd >= 0:
             accept_one(relay, fd)
         elif errno == EAGAIN:
             return
@@ -934,6 +986,54 @@ cdef void ready_turn(relay_t *relay) noexcept nogil:
         connection = following
 
 
+cdef inline void sweep_by(relay_t *relay, int64_t due) noexcept nogil:
+    if not relay.sweep_at or due < relay.sweep_at:
+        relay.sweep_at = due
+
+
+cdef int64_t connection_left(relay_t *relay, connection_t *connection, int *counter) noexcept nogil:
+    """Milliseconds until one of its deadlines, which `counter` counts; it has one at least."""
+    cdef int64_t left = INT64_MAX, since
+    cdef int d
+    if relay.idle_ms:
+        left = connection.hold_until + relay.idle_ms - relay.now
+        counter[0] = IDLE_CLOSED
+    if relay.half_close_ms:
+        for d in range(2):
+            if connection.direction[d].flags & ENDED_FORWARDED:
+                since = <uint32_t>(<uint32_t>relay.now - connection.direction[d].ended_at)
+                if relay.half_close_ms - since < left:
+                    left = relay.half_close_ms - since
+                    counter[0] = HALF_CLOSED_TOO_LONG
+    return left
+
+
+cdef void sweep(relay_t *relay) noexcept nogil:
+    """Reset what was silent or half-closed for too long.
+
+    All that are open are looked at, so that a byte costs no reordering of any list; but only when one may be
+    due, and not more often than is needed for the precision.
+    """
+    cdef connection_t *connection = relay.lists[OPEN].head
+    cdef connection_t *following
+    cdef int64_t left, soonest = INT64_MAX, apart = INT64_MAX
+    cdef int counter = RESET
+    while connection != NULL:
+        following = connection.next
+        left = connection_left(relay, connection, &counter)
+        if left <= 0:
+            relay.counters[counter] += 1
+            connection_drop(relay, connection, RESET)
+        else:
+            soonest = min(soonest, left)
+        connection = following
+    if relay.idle_ms:
+        apart = relay.idle_ms
+    if relay.half_close_ms:
+        apart = min(apart, <int64_t>relay.half_close_ms)
+    relay.sweep_at = 0 if soonest == INT64_MAX else relay.now + max(soonest, apart // SWEEP_SHARE)
+
+
 cdef void expire(relay_t *relay) noexcept nogil:
     """Everything that is due now. Each list is sorted by its deadline, so only heads are looked at."""
     cdef connection_t *connection
@@ -944,6 +1044,8 @@ cdef void expire(relay_t *relay) noexcept nogil:
     while relay.young != NULL and relay.young.deadline <= relay.now:
         connection_keep_alive(relay.young)
         relay.young = relay.young.next
+    if relay.sweep_at and relay.sweep_at <= relay.now:
+        sweep(relay)
     if relay.accept_at and relay.accept_at <= relay.now:
         accept_resume(relay)
     if probe_wanted(relay) and relay.probe_at <= relay.now:
@@ -976,6 +1078,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
         due = relay.probe_at
     if relay.young != NULL and (due < 0 or relay.young.deadline < due):
         due = relay.young.deadline
+    if relay.sweep_at and (due < 0 or relay.sweep_at < due):
+        due = relay.sweep_at
     if relay.accept_at and (due < 0 or relay.accept_at < due):
         due = relay.accept_at
     if relay.draining and (due < 0 or relay.drain_at < due):
@@ -1060,8 +1164,10 @@ cdef class TcpRelay:
 
     `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
     pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the page that is shared with the parent (4096 bytes); the loop maps it, and the caller may close it then.
-    Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always.
+    the pages that are shared with the parent, one of 4096 bytes to each of `seats`, of which this worker has
+    `seat`; the loop maps them, and the caller may close it then.
+    Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always. 0 is no limit for
+    `max_connections` (of all seats together), `idle_ms` and `half_close_ms`.
     Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer that is too small.
     """
 
@@ -1073,19 +1179,27 @@ cdef class TcpRelay:
         int control,
         *,
         int counters,
+        uint32_t seat,
+        uint32_t seats,
         uint32_t hold_ms,
         uint32_t connect_ms,
         uint32_t max_held,
         uint32_t pipe_bytes,
+        uint32_t max_connections,
+        uint32_t idle_ms,
+        uint32_t half_close_ms,
     ):
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
-        self.relay.counters = counters_map(counters)
+        self.relay.seat, self.relay.seats = seat, seats
+        self.relay.counters = counters_map(counters, seat, seats)
         if self.relay.counters == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
         self.relay.hold_ms, self.relay.connect_ms = hold_ms, connect_ms
         self.relay.max_held, self.relay.pipe_bytes = max_held, pipe_bytes
+        self.relay.max_connections = max_connections
+        self.relay.idle_ms, self.relay.half_close_ms = idle_ms, half_close_ms
         self.relay.retry_ms = RETRY_FIRST_MS
         self.relay.now = monotonic_ms()
         slabs_init(&self.relay.connections, sizeof(connection_t))
@@ -1123,7 +1237,7 @@ cdef class TcpRelay:
         slabs_free(&relay.connections)
         free(relay.buffer)
         free(relay.backends.items)
-        counters_unmap(relay.counters)
+        counters_unmap(relay.counters, relay.seat, relay.seats)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

@@ -5,13 +5,14 @@ from typing import Final
 VERSION: Final[int]
 MAX_PAYLOAD: Final[int]
 MAX_BACKENDS: Final[int]
+MAX_SEATS: Final[int]
 TCP: Final[int]
 UDP: Final[int]
 GSO: Final[int]
 SANDBOX: Final[int]
 SANDBOX_REQUIRED: Final[int]
 
-StartNumbers = tuple[int, int, int, int, int, int, int, int, int]
+StartNumbers = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
 Backends = list[tuple[bytes, int, int, int]]
 
 def take(

@@ -14,9 +14,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 cdef enum:
-    CURRENT_VERSION = 1
+    CURRENT_VERSION = 2
     LARGEST_PAYLOAD = 60000  # a pipe holds 64 KiB, so a record always fits an empty one
     MOST_BACKENDS = 1024
+    MOST_SEATS = 64  # as many pages of counters are mapped
 
 cdef enum:
     START = 1
@@ -36,6 +37,7 @@ cdef enum:
 VERSION = CURRENT_VERSION
 MAX_PAYLOAD = LARGEST_PAYLOAD
 MAX_BACKENDS = MOST_BACKENDS
+MAX_SEATS = MOST_SEATS
 TCP = PROTOCOL_TCP
 UDP = PROTOCOL_UDP
 GSO = FLAG_GSO
@@ -53,7 +55,9 @@ cdef packed struct start_t:
     uint16_t port
     uint8_t protocol
     uint8_t flags
-    uint32_t limits[6]
+    uint32_t limits[9]
+    uint16_t seat
+    uint16_t seats
 
 cdef packed struct repoint_t:
     uint16_t count
@@ -79,9 +83,12 @@ cdef tuple take_start(const char *payload, size_t length):
         raise ValueError(f"unknown protocol number {record.protocol}")
     if record.flags & ~FLAGS or record.flags & (FLAGS - FLAG_GSO) == FLAG_SANDBOX_REQUIRED:
         raise ValueError(f"unknown flags {record.flags:#x}")
+    if record.seat >= record.seats or record.seats > MOST_SEATS:
+        raise ValueError(f"seat {record.seat} of {record.seats}")
     return (
         record.port, record.protocol, record.flags, record.limits[0], record.limits[1],
-        record.limits[2], record.limits[3], record.limits[4], record.limits[5],
+        record.limits[2], record.limits[3], record.limits[4], record.limits[5], record.limits[6],
+        record.limits[7], record.limits[8], record.seat, record.seats,
     )
 
 
@@ -127,7 +134,7 @@ cdef object take_drain(const char *payload, size_t length):
 def take(bytearray stream not None):
     """Remove the first record from `stream`: `(type, generation, content)`, or None if it is not complete.
 
-    The content of a start is its nine numbers, of a repoint a list of `(packed address, port, zone index,
+    The content of a start is its fourteen numbers, of a repoint a list of `(packed address, port, zone index,
     identity)` and the title, of a drain its deadline. Raises ValueError for what is no control record.
     """
     cdef header_t header

@@ -67,6 +67,19 @@ def _raise_descriptor_limit() -> int:
     return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
 
+def port_limits(asked: int, workers: int, descriptors: int) -> tuple[int, int]:
+    """TCP connections of a port, and UDP sessions of each of its workers; 0 is asked for no number.
+
+    Connections are counted in all workers of a port together. The kernel spreads UDP clients evenly over
+    workers, so that each has its share of the sessions.
+    """
+    room = max(2, descriptors - SPARE_DESCRIPTORS)
+    connections, sessions = workers * (room // 2), min(MAX_SESSIONS, room)
+    if asked:
+        connections, sessions = min(asked, connections), min(max(1, asked // workers), room)
+    return connections, sessions
+
+
 def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
     import logging  # noqa: PLC0415 - after the fork, as all that the nursery has no use for
 
@@ -74,15 +87,27 @@ def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
     from ambassador.supervisor import Limits  # noqa: PLC0415
 
     lines = logs.setup(options.log_level)
+    log = logging.getLogger(__name__)
+    connections, sessions = port_limits(options.max_connections, options.workers, descriptors)
+    if connections < options.max_connections:
+        log.warning(
+            "descriptors do not suffice for -max-connections %d: raise ulimit -n",
+            options.max_connections,
+            extra={"fields": {"connections": connections}},
+        )
     limits = Limits(
         hold_ms=options.hold_ms,
         drain_ms=options.drain_ms,
         workers=options.workers,
         sandbox=options.sandbox,
-        max_sessions=max(1, min(MAX_SESSIONS, descriptors - SPARE_DESCRIPTORS)),
+        max_connections=connections,
+        max_sessions=sessions,
+        idle_ms=options.idle_ms,
+        half_close_ms=options.half_close_ms,
+        session_idle_ms=options.session_idle_ms,
     )
-    held = {"connections": (descriptors - SPARE_DESCRIPTORS) // 2, "sessions": limits.max_sessions}
-    logging.getLogger(__name__).info("each worker can hold", extra={"fields": held})
+    held = {"connections": connections, "sessions": sessions * options.workers}
+    log.info("each port can hold", extra={"fields": held})
     try:
         if options.command is Command.RELAY:
             return _relay(options, nursery, limits)

@@ -33,9 +33,10 @@ from ambassador.model import Listener, Protocol, Sandbox
 VERSION = _wire.VERSION
 MAX_PAYLOAD = _wire.MAX_PAYLOAD
 MAX_BACKENDS = _wire.MAX_BACKENDS
+MAX_SEATS = _wire.MAX_SEATS
 
 _HEADER = struct.Struct("<BBHIQ")
-_START = struct.Struct("<HBBIIIIII")
+_START = struct.Struct("<HBBIIIIIIIIIHH")
 _BACKEND = struct.Struct("<BBHIQ16s")
 _REPOINT = struct.Struct("<HH")
 _DRAIN = struct.Struct("<I")
@@ -59,6 +60,8 @@ class Start(NamedTuple):
     """The first record a worker gets: which listener it serves, and its limits.
 
     Times are milliseconds. `pipe_bytes` 0 forces copying; `gso` False forces one send per datagram.
+    `max_connections`, `idle_ms` and `half_close_ms` are of TCP; 0 is no limit. `max_connections` is for all
+    `seats` of the listener together; the worker has `seat`, and that page of the counters.
     """
 
     listener: Listener
@@ -70,6 +73,11 @@ class Start(NamedTuple):
     pipe_bytes: int = 1 << 20
     gso: bool = True
     sandbox: Sandbox = Sandbox.AUTO
+    max_connections: int = 0
+    idle_ms: int = 0
+    half_close_ms: int = 0
+    seat: int = 0
+    seats: int = 1
 
 
 class Destination(NamedTuple):
@@ -158,11 +166,11 @@ def _record(kind: int, generation: int, content: Any) -> Record:
 
 
 def _start(numbers: StartNumbers) -> Start:
-    port, number, flags, hold, connect, idle, sessions, held, pipe = numbers
+    port, number, flags, hold, connect, idle, sessions, held, pipe, *tcp_and_seat = numbers
     protocol = next(protocol for protocol, known in _PROTOCOLS.items() if known == number)
     gso, sandbox = bool(flags & _wire.GSO), _SANDBOX_OF[flags & _SANDBOX_BITS]
     listener = Listener(port, protocol)
-    return Start(listener, hold, connect, idle, sessions, held, pipe, gso, sandbox)
+    return Start(listener, hold, connect, idle, sessions, held, pipe, gso, sandbox, *tcp_and_seat)
 
 
 def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
@@ -182,6 +190,8 @@ _SANDBOX_BITS = _wire.SANDBOX | _wire.SANDBOX_REQUIRED
 
 
 def _pack_start(record: Start) -> bytes:
+    if not 0 <= record.seat < record.seats <= _wire.MAX_SEATS:
+        raise ValueError(f"there is no seat {record.seat} of {record.seats}")
     return _START.pack(
         record.listener.port,
         _PROTOCOLS[record.listener.protocol],
@@ -192,6 +202,11 @@ def _pack_start(record: Start) -> bytes:
         record.max_sessions,
         record.max_held,
         record.pipe_bytes,
+        record.max_connections,
+        record.idle_ms,
+        record.half_close_ms,
+        record.seat,
+        record.seats,
     )
 
 

@@ -46,6 +46,9 @@ DEFAULT_SOCKET = "/var/run/docker.sock"
 MAX_DURATION_MS = 1000 * 3_600_000
 """1000 h. Control records carry milliseconds in 32 bits, which end at 1193 h."""
 
+MAX_CONNECTIONS = 10_000_000
+"""For each port. More than a worker can have descriptors for."""
+
 MAX_WORKERS = 64
 """For each listener. More than cores is of no use."""
 
@@ -114,7 +117,8 @@ class Options:
     """What the user asked for.
 
     `docker_host` is `unix:///path` or `tcp://host:port[/path]` (empty for a relay); `tls` says how
-    the latter is encrypted, if at all. `warnings` are lines for the log, once there is one. `usage`
+    the latter is encrypted, if at all. `max_connections` 0 is as many as descriptors allow; `idle_ms` and
+    `half_close_ms` 0 are never. `warnings` are lines for the log, once there is one. `usage`
     is this form's help.
     """
 
@@ -127,6 +131,10 @@ class Options:
     hold_ms: int = 10_000
     drain_ms: int = 300
     workers: int = 1
+    max_connections: int = 0
+    idle_ms: int = 0
+    half_close_ms: int = 0
+    session_idle_ms: int = 90_000
     sandbox: Sandbox = Sandbox.AUTO
     log_level: str = "info"
     wait: bool = True
@@ -145,6 +153,19 @@ def _parse_milliseconds(text: str) -> int:
     if milliseconds > MAX_DURATION_MS:
         raise ValueError("it is too long; write 1000h or less")
     return milliseconds
+
+
+def _parse_positive_milliseconds(text: str) -> int:
+    milliseconds = _parse_milliseconds(text)
+    if milliseconds == 0:
+        raise ValueError("write more than 0")
+    return milliseconds
+
+
+def _parse_connections(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_CONNECTIONS):
+        raise ValueError(f"write a number from 1 to {MAX_CONNECTIONS}")
+    return int(text)
 
 
 def _parse_workers(text: str) -> int:
@@ -173,7 +194,7 @@ SOCK = Flag(
     parse_text,
     DEFAULT_SOCKET,
     "ADDRESS",
-    "Docker Engine: path, unix://, tcp://, http(s)://",
+    "path or URL of the Docker Engine",
     DEFAULT_SOCKET,
 )
 WAIT = Flag("wait", parse_bool, True, "", "deprecated: an absent container is always waited for")
@@ -188,7 +209,7 @@ HOLD = Flag(
     _parse_milliseconds,
     10_000,
     "DURATION",
-    "how long a new connection waits while there is no backend",
+    "how long new connections wait for a backend",
     "10s",
 )
 DRAIN = Flag(
@@ -202,12 +223,44 @@ DRAIN = Flag(
 WORKERS = Flag(
     "workers", _parse_workers, 1, "N", "processes for each port, or auto: one to a core", "1"
 )
+MAX_CONNECTIONS_FLAG = Flag(
+    "max-connections",
+    _parse_connections,
+    0,
+    "N",
+    "TCP connections or UDP sessions per port",
+    "by ulimit -n",
+)
+IDLE_TIMEOUT = Flag(
+    "idle-timeout",
+    _parse_milliseconds,
+    0,
+    "DURATION",
+    "reset TCP connections after such a silence",
+    "0, never",
+)
+HALF_CLOSE_TIMEOUT = Flag(
+    "half-close-timeout",
+    _parse_milliseconds,
+    0,
+    "DURATION",
+    "reset TCP connections half-closed for so long",
+    "0, never",
+)
+UDP_TIMEOUT = Flag(
+    "udp-timeout",
+    _parse_positive_milliseconds,
+    90_000,
+    "DURATION",
+    "forget a UDP client after such a silence",
+    "90s",
+)
 SANDBOX = Flag(
     "sandbox",
     _parse_sandbox,
     Sandbox.AUTO,
     "MODE",
-    "what workers give up: auto, all that can be; required; off",
+    "what workers give up: auto, required or off",
     "auto",
 )
 LOG_LEVEL = Flag(
@@ -217,7 +270,18 @@ VERSION = Flag("version", parse_bool, False, "", "print the version")
 # Undefined in the table that is parsed, so that goflags treats them as Go does; shown in the usage.
 _HELP: Flag[bool] = Flag("help", parse_bool, False, "", "print this text")
 
-RELAY_FLAGS: tuple[Flag[Any], ...] = (HOLD, DRAIN, WORKERS, SANDBOX, LOG_LEVEL, VERSION)
+RELAY_FLAGS: tuple[Flag[Any], ...] = (
+    HOLD,
+    DRAIN,
+    WORKERS,
+    MAX_CONNECTIONS_FLAG,
+    IDLE_TIMEOUT,
+    HALF_CLOSE_TIMEOUT,
+    UDP_TIMEOUT,
+    SANDBOX,
+    LOG_LEVEL,
+    VERSION,
+)
 FOLLOW_FLAGS: tuple[Flag[Any], ...] = (
     *RELAY_FLAGS,
     NAME,
@@ -308,14 +372,25 @@ def _follow(arguments: Sequence[str], environment: Mapping[str, str]) -> Options
         docker_host=docker_host,
         tls=tls if docker_host.startswith("tcp:") else None,
         network=parsed.get(NETWORK),
-        hold_ms=parsed.get(HOLD),
-        drain_ms=parsed.get(DRAIN),
-        workers=parsed.get(WORKERS),
-        sandbox=parsed.get(SANDBOX),
+        **_limits(parsed),
         log_level=parsed.get(LOG_LEVEL),
         wait=parsed.get(WAIT),
         warnings=tuple(warnings),
     )
+
+
+def _limits(parsed: Parsed) -> dict[str, Any]:
+    """The fields that both forms have in common."""
+    return {
+        "hold_ms": parsed.get(HOLD),
+        "drain_ms": parsed.get(DRAIN),
+        "workers": parsed.get(WORKERS),
+        "max_connections": parsed.get(MAX_CONNECTIONS_FLAG),
+        "idle_ms": parsed.get(IDLE_TIMEOUT),
+        "half_close_ms": parsed.get(HALF_CLOSE_TIMEOUT),
+        "session_idle_ms": parsed.get(UDP_TIMEOUT),
+        "sandbox": parsed.get(SANDBOX),
+    }
 
 
 def _unexpected(arguments: Sequence[str], rest: Sequence[str]) -> str:
@@ -338,10 +413,7 @@ def _relay(arguments: Sequence[str]) -> Options:
     return Options(
         Command.RELAY,
         routes=parse_routes(parsed.rest),
-        hold_ms=parsed.get(HOLD),
-        drain_ms=parsed.get(DRAIN),
-        workers=parsed.get(WORKERS),
-        sandbox=parsed.get(SANDBOX),
+        **_limits(parsed),
         log_level=parsed.get(LOG_LEVEL),
     )
 

@@ -15,12 +15,13 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import socket
 
 from ambassador import sockets
 from ambassador.control import Destination, Repoint, Start
 from ambassador.model import Backend, Listener, Route
-from ambassador.worker import Handle
+from ambassador.worker import Handle, make_counters
 
 STABLE_S = 10.0
 """A worker that lived this long was no part of a crash loop."""
@@ -75,7 +76,7 @@ class Seat:
 
 
 class Post:
-    """Owns the listening sockets and its workers' handles."""
+    """Owns the listening sockets, the counters and its workers' handles."""
 
     def __init__(self, route: Route, workers: int = 1) -> None:
         self.route = route
@@ -84,6 +85,7 @@ class Post:
         self.bind_at = 0.0
         self.bind_error = ""
         self._sockets: list[socket.socket] = []
+        self._counters = -1
         self._identities: dict[Backend, int] = {}
         self._next_identity = 1
         self.repoint(route)
@@ -128,19 +130,26 @@ class Post:
     def bind(self) -> None:
         """Take the port. Raises OSError, as sockets.bind_group does."""
         self._sockets = sockets.bind_group(self.listener, len(self.seats))
+        if self._counters < 0:
+            self._counters = make_counters(len(self.seats))
 
     def close(self) -> None:
         """Give up the port. The workers, if any, are the caller's to end."""
         for sock in self._sockets:
             sock.close()
         self._sockets = []
+        if self._counters >= 0:
+            os.close(self._counters)
+            self._counters = -1
 
     # -- workers
 
     def prepare(self, seat: Seat, start: Start) -> tuple[Handle, tuple[int, int, int]]:
         """A handle for a new worker, told all it needs, and what the nursery must lend it."""
-        handle = Handle(start, self._record())
-        sock = self._sockets[self.seats.index(seat) % len(self._sockets)]
+        place = self.seats.index(seat)
+        start = start._replace(seat=place, seats=len(self.seats))
+        handle = Handle(start, self._record(), self._counters)
+        sock = self._sockets[place % len(self._sockets)]
         return handle, handle.lend(sock.fileno())
 
     # -- words

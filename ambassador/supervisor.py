@@ -62,6 +62,10 @@ class Limits:
     hold_ms: int = 10_000
     drain_ms: int = 300
     max_sessions: int = 16_384
+    session_idle_ms: int = 90_000
+    max_connections: int = 0
+    idle_ms: int = 0
+    half_close_ms: int = 0
     workers: int = 1
     sandbox: Sandbox = Sandbox.AUTO
 
@@ -260,6 +264,10 @@ class Supervisor:
             post.listener,
             hold_ms=self._limits.hold_ms,
             max_sessions=self._limits.max_sessions,
+            session_idle_ms=self._limits.session_idle_ms,
+            max_connections=self._limits.max_connections,
+            idle_ms=self._limits.idle_ms,
+            half_close_ms=self._limits.half_close_ms,
             sandbox=self._limits.sandbox,
         )
         handle, lent = post.prepare(seat, start)

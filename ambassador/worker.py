@@ -50,6 +50,9 @@ _SANDBOX_WORD = 7
 _FIRST_COUNTER = 8
 LOSSES = {
     "rejected": "connections had no backend within the hold window",
+    "over_limit": "connections came beyond -max-connections",
+    "idle_closed": "connections were idle for the -idle-timeout",
+    "half_closed_too_long": "connections were half-closed for the -half-close-timeout",
     "no_local_port": "connections found no local port towards the backend",
     "no_descriptor": "times a descriptor or memory was lacking",
     "dropped_no_backend": "datagrams had no backend within the hold window",
@@ -64,6 +67,13 @@ LOSSES = {
 _START, _DRAIN = int(RecordType.START), int(RecordType.DRAIN)
 
 
+def make_counters(seats: int) -> int:
+    """The file of a listener's counters, a page to each of its workers; the caller owns it."""
+    fd = os.memfd_create("counters", os.MFD_CLOEXEC)
+    os.ftruncate(fd, seats * COUNTERS_BYTES)
+    return fd
+
+
 class Handle:
     """A worker as the parent sees it, from the request to fork it until it is reaped.
 
@@ -72,17 +82,20 @@ class Handle:
     for being stuck.
     """
 
-    def __init__(self, start: Start, repoint: Repoint) -> None:
+    def __init__(self, start: Start, repoint: Repoint, counters: int | None = None) -> None:
+        """`counters` is the listener's (`make_counters`) and the caller's; without, it has its own."""
         self.listener: Listener = start.listener
         self.pid = 0
         self.draining = False
         self.doomed = False
         self._born_at = 0.0
         self._pidfd = -1
-        self._counters_fd = os.memfd_create("counters", os.MFD_CLOEXEC)
-        os.ftruncate(self._counters_fd, COUNTERS_BYTES)
-        self._page = mmap.mmap(self._counters_fd, COUNTERS_BYTES)
-        self._words = memoryview(self._page).cast("Q")
+        self._counters_fd = make_counters(start.seats) if counters is None else os.dup(counters)
+        self._pages = mmap.mmap(self._counters_fd, start.seats * COUNTERS_BYTES)
+        begin = start.seat * COUNTERS_BYTES
+        self._page = memoryview(self._pages)[begin : begin + COUNTERS_BYTES]
+        self._words = self._page.cast("Q")
+        self._clear()
         self._control_read, self._control_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._control_write, False)
         self._unsent = bytearray()
@@ -152,7 +165,9 @@ class Handle:
 
     def losses(self) -> Mapping[str, int]:
         """What was lost since the last call, by counter; empty when nothing was."""
-        now = self.counters()
+        now = dict(self.counters())
+        if "over_limit" in now:
+            now["rejected"] -= now["over_limit"]  # that has a line of its own
         risen = {
             name: now[name] - self._known_losses.get(name, 0)
             for name in LOSSES
@@ -173,12 +188,18 @@ class Handle:
 
     def close(self) -> None:
         self._forget_lent()
+        self._clear()
         self._words.release()
-        self._page.close()
+        self._page.release()
+        self._pages.close()
         os.close(self._control_write)
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def _clear(self) -> None:
+        """Nothing that it counted is there any more: others of its listener would reckon with it."""
+        self._page[:] = bytes(COUNTERS_BYTES)
 
     def _enqueue(self, record: Record) -> None:
         self._unsent += pack(record)
@@ -228,7 +249,7 @@ def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
         if loop is None:
             numbers = cast("StartNumbers", content)
             os.set_blocking(control_fd, False)
-            if not _confined(numbers[2], counters_fd):
+            if not _confined(numbers, counters_fd):
                 return EXIT_UNCONFINED
             loop = _loop(numbers, listener_fd, control_fd, counters_fd)
             os.close(counters_fd)
@@ -244,31 +265,38 @@ def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
             set_title(title)
 
 
-def _confined(flags: int, counters_fd: int) -> bool:
+def _confined(start: StartNumbers, counters_fd: int) -> bool:
     """Enter the sandbox, if there is to be one. False where something lacks that must not."""
+    flags, seat, seats = start[2], start[12], start[13]
     if not flags & SANDBOX:
         return True
-    return not _sandbox.enter(counters_fd) or not flags & SANDBOX_REQUIRED
+    return not _sandbox.enter(counters_fd, seat, seats) or not flags & SANDBOX_REQUIRED
 
 
 def _loop(start: StartNumbers, listener_fd: int, control_fd: int, counters_fd: int) -> Loop:
-    _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held, pipe_bytes = (
-        start
-    )
+    _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held = start[:8]
+    pipe_bytes, max_connections, idle_ms, half_close_ms, seat, seats = start[8:]
     if protocol == TCP:
         return _splice.TcpRelay(
             listener_fd,
             control_fd,
             counters=counters_fd,
+            seat=seat,
+            seats=seats,
             hold_ms=hold_ms,
             connect_ms=connect_ms,
             max_held=max_held,
             pipe_bytes=pipe_bytes,
+            max_connections=max_connections,
+            idle_ms=idle_ms,
+            half_close_ms=half_close_ms,
         )
     return _datagram.UdpRelay(
         listener_fd,
         control_fd,
         counters=counters_fd,
+        seat=seat,
+        seats=seats,
         hold_ms=hold_ms,
         session_idle_ms=session_idle_ms,
         max_sessions=max_sessions,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ambassador.control import (
     MAX_BACKENDS,
     MAX_PAYLOAD,
+    MAX_SEATS,
     VERSION,
     BadRecord,
     Destination,
@@ -28,6 +29,11 @@ from ambassador.model import Listener, Protocol
 
 HEADER_BYTES = 16
 BACKEND_BYTES = 32
+START_BYTES = 44
+LIMITS = (
+    *("hold_ms", "connect_ms", "session_idle_ms", "max_sessions", "max_held", "pipe_bytes"),
+    *("max_connections", "idle_ms", "half_close_ms"),
+)
 
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
@@ -47,7 +53,16 @@ def addresses(draw: st.DrawFn) -> str:
 
 
 listeners = st.builds(Listener, ports, st.sampled_from(Protocol))
-starts = st.builds(Start, listeners, u32, u32, u32, u32, u32, u32, st.booleans())
+places = st.integers(1, MAX_SEATS).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
+starts = st.builds(
+    lambda listener, limits, gso, place: Start(
+        listener, gso=gso, seat=place[0], seats=place[1], **limits
+    ),
+    listeners,
+    st.fixed_dictionaries(dict.fromkeys(LIMITS, u32)),
+    st.booleans(),
+    places,
+)
 destinations = st.builds(Destination, addresses(), ports, u64)
 repoints = st.builds(
     Repoint, u64, st.lists(destinations, max_size=5).map(tuple), st.text(max_size=60)
@@ -136,7 +151,7 @@ def test_garbage_is_refused_or_incomplete(data: bytes) -> None:
 @given(
     st.integers(0, 5),
     st.one_of(st.just(0), u64),
-    st.one_of(st.binary(max_size=80), st.binary(min_size=28, max_size=28)),
+    st.one_of(st.binary(max_size=80), st.binary(min_size=START_BYTES, max_size=START_BYTES)),
 )
 def test_a_good_header_with_any_payload(kind: int, generation: int, payload: bytes) -> None:
     _read_garbage(framed(kind, payload, generation))
@@ -153,6 +168,10 @@ def _backend(version: int, address: bytes, port: int = 1, zone: int = 0, flags: 
     return struct.pack("<BBHIQ16s", version, flags, port, zone, 0, address)
 
 
+def start_of(port: int, protocol: int, flags: int, seat: int = 0, seats: int = 1) -> bytes:
+    return struct.pack("<HBB9IHH", port, protocol, flags, *[0] * 9, seat, seats)
+
+
 def _repoint(backend: bytes, count: int = 1) -> bytes:
     return struct.pack("<HH", count, 0) + backend
 
@@ -160,7 +179,7 @@ def _repoint(backend: bytes, count: int = 1) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (framed(RecordType.DRAIN, b"\0" * 4, version=2), "version 2"),
+        (framed(RecordType.DRAIN, b"\0" * 4, version=3), "version 3"),
         (framed(RecordType.DRAIN, b"\0" * 4, version=0), "version 0"),
         (framed(RecordType.DRAIN, b"\0" * 4, reserved=1), "reserved 1"),
         (framed(RecordType.DRAIN, b"", length=MAX_PAYLOAD + 1), "length 60001"),
@@ -171,10 +190,12 @@ def _repoint(backend: bytes, count: int = 1) -> bytes:
         (framed(RecordType.DRAIN, b"\0" * 4, generation=1), "generation 1"),
         (framed(RecordType.START, pack(START)[HEADER_BYTES:], generation=1), "generation 1"),
         (framed(RecordType.START, b""), "type 1"),
-        (framed(RecordType.START, struct.pack("<HBB6I", 0, 6, 0, *[0] * 6)), "port 0"),
-        (framed(RecordType.START, struct.pack("<HBB6I", 1, 132, 0, *[0] * 6)), "number 132"),
-        (framed(RecordType.START, struct.pack("<HBB6I", 1, 6, 8, *[0] * 6)), "unknown flags 0x8"),
-        (framed(RecordType.START, struct.pack("<HBB6I", 1, 6, 4, *[0] * 6)), "unknown flags 0x4"),
+        (framed(RecordType.START, start_of(0, 6, 0)), "port 0"),
+        (framed(RecordType.START, start_of(1, 6, 0, 2, 2)), "seat 2 of 2"),
+        (framed(RecordType.START, start_of(1, 6, 0, 0, MAX_SEATS + 1)), "seat 0 of 65"),
+        (framed(RecordType.START, start_of(1, 132, 0)), "number 132"),
+        (framed(RecordType.START, start_of(1, 6, 8)), "unknown flags 0x8"),
+        (framed(RecordType.START, start_of(1, 6, 4)), "unknown flags 0x4"),
         (framed(RecordType.REPOINT, b""), "type 2"),
         (framed(RecordType.REPOINT, struct.pack("<HH", 1, 0)), "1 backends in 4 bytes"),
         (framed(RecordType.REPOINT, struct.pack("<HH", 0, 0) + b"x"), "0 backends in 5 bytes"),
@@ -213,6 +234,8 @@ def test_good_records_before_a_bad_one_are_still_read() -> None:
     [
         START._replace(hold_ms=-1),
         START._replace(max_sessions=1 << 32),
+        START._replace(seat=1),
+        START._replace(seats=MAX_SEATS + 1),
         Drain(-1),
         Drain(1 << 32),
         REPOINT._replace(generation=-1),
@@ -283,16 +306,18 @@ def test_addresses_and_their_zones(address: str) -> None:
 def test_the_bytes_of_a_record_are_fixed() -> None:
     """The format is a contract between two processes: a change needs a new VERSION."""
     assert pack(Drain(500)).hex(" ") == (
-        "01 03 00 00 04 00 00 00 00 00 00 00 00 00 00 00 f4 01 00 00"
+        "02 03 00 00 04 00 00 00 00 00 00 00 00 00 00 00 f4 01 00 00"
     )
     assert pack(REPOINT).hex(" ") == (
-        "01 02 00 00 29 00 00 00 03 00 00 00 00 00 00 00"
+        "02 02 00 00 29 00 00 00 03 00 00 00 00 00 00 00"
         " 01 00 05 00 72 65 64 69 73"
         " 04 00 eb 18 00 00 00 00 07 00 00 00 00 00 00 00"
         " 0a 00 00 05 00 00 00 00 00 00 00 00 00 00 00 00"
     )
-    assert pack(START._replace(pipe_bytes=1)).hex(" ") == (
-        "01 01 00 00 1c 00 00 00 00 00 00 00 00 00 00 00"
+    start = START._replace(pipe_bytes=1, max_connections=2, idle_ms=3, half_close_ms=4)
+    assert pack(start._replace(seat=5, seats=7)).hex(" ") == (
+        "02 01 00 00 2c 00 00 00 00 00 00 00 00 00 00 00"
         " eb 18 06 03 10 27 00 00 88 13 00 00 90 5f 01 00"
-        " 00 40 00 00 00 10 00 00 01 00 00 00"
+        " 00 40 00 00 00 10 00 00 01 00 00 00 02 00 00 00"
+        " 03 00 00 00 04 00 00 00 05 00 07 00"
     )

@@ -64,6 +64,8 @@ def test_everything_at_once() -> None:
         *("-hold=1m30s", "--drain", "2s", "-network", "back", "-log-level=DEBUG", "-wait=false"),
         *("-sock", "tcp://10.0.0.1:2376", "-tls", "-tlsverify=true"),
         *("-tlscert", "/c", "-tlskey", "/k", "-tlscacert", "/a"),
+        *("-max-connections", "500", "-idle-timeout", "1h", "-half-close-timeout=30s"),
+        *("-udp-timeout", "5m"),
     )
     assert options == Options(
         command=Command.FOLLOW,
@@ -73,6 +75,10 @@ def test_everything_at_once() -> None:
         network="back",
         hold_ms=90_000,
         drain_ms=2_000,
+        max_connections=500,
+        idle_ms=3_600_000,
+        half_close_ms=30_000,
+        session_idle_ms=300_000,
         log_level="debug",
         wait=False,
         warnings=("-wait flag is deprecated and will not be used",),
@@ -114,6 +120,7 @@ def test_usage_fits_a_terminal_and_names_every_flag() -> None:
         assert text.endswith("\n")
     original = {"name", "sock", "wait", "tls", "tlsverify", "tlscert", "tlskey", "tlscacert"}
     common = {"log-level", "hold", "drain", "version", "help"}
+    common |= {"max-connections", "idle-timeout", "half-close-timeout", "udp-timeout"}
     for name in original | common | {"network"}:
         assert f"\n  -{name} " in follow_usage()
         assert (f"\n  -{name} " in relay_usage()) == (name in common)
@@ -189,6 +196,17 @@ BAD_COMMAND_LINES = [
     (
         ["-hold", "1001h"],
         'invalid value "1001h" for flag -hold: it is too long; write 1000h or less',
+    ),
+    (
+        ["-udp-timeout", "0s"],
+        'invalid value "0s" for flag -udp-timeout: write more than 0',
+    ),
+    *(
+        (
+            ["-max-connections", text],
+            f'invalid value "{text}" for flag -max-connections: write a number from 1 to 10000000',
+        )
+        for text in ("0", "-1", "many", "1e3", "10000001", "99999999999999999999", "٣")
     ),
     (
         ["-log-level", "loud"],
