@@ -33,8 +33,9 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3)
 	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)"
 
-figures: build ## Measure restarts, memory and first ratios, as docs/performance.md shows them
+figures: build ## Measure restarts, deaths, memory and first ratios, as docs/performance.md shows them
 	$(BIN)/python scripts/restarts.py
+	$(BIN)/python scripts/kills.py
 	$(BIN)/python -m bench.install --build-only
 	$(BIN)/python -m bench.figures
 

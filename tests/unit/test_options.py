@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.control import Drain, Start, Unpacker, pack
+from ambassador.control import MAX_SEATS, Drain, Start, Unpacker, pack
 from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
 from ambassador.options import (
+    MAX_WORKERS,
     Command,
     ConfigError,
     MissingName,
@@ -602,3 +603,8 @@ def test_any_command_line_is_options_or_one_line(arguments: list[str]) -> None:
         assert parse_options(arguments, {}).command in Command
     except (UsageError, MissingName) as error:
         assert str(error).isprintable()
+
+
+def test_every_worker_finds_a_seat() -> None:
+    """The counters of so many workers are mapped, and no more."""
+    assert MAX_WORKERS <= MAX_SEATS
