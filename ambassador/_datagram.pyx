@@ -29,6 +29,7 @@ Invariants
 - Buffers belong to the worker, never to a session. What a session queues while held is bounded in number
   and time, and all queues together in bytes.
 - A session that ended is freed after the batch of events that may still name it.
+- Each relaying takes one off a datagram's hop limit, as a router does: what two relays send each other ends.
 - When the table is full, the session that proved least goes: first the longest idle of those that never
   answered a reply (a forged source cannot), then the longest idle of all.
 - Ownership: the loop owns the backend sockets and its mapping of the counters page. The listener and the
@@ -81,10 +82,13 @@ from ambassador._linux cimport (
     EPOLL_CTL_DEL,
     EPOLLIN,
     IP_PKTINFO,
+    IP_TTL,
     IPPROTO_IP,
     IPPROTO_IPV6,
     IPPROTO_UDP,
+    IPV6_HOPLIMIT,
     IPV6_PKTINFO,
+    IPV6_UNICAST_HOPS,
     MAP_ANONYMOUS,
     MAP_FAILED,
     MAP_PRIVATE,
@@ -129,7 +133,7 @@ from ambassador._linux cimport (
 cdef enum:
     BATCH = 32  # messages of one recvmmsg; with GRO each may be a run of many datagrams
     BUFFER_BYTES = 65536  # of one message: the largest datagram, or the longest run
-    CONTROL_BYTES = 128  # room for one packet-info and one segment-size header
+    CONTROL_BYTES = 128  # room for one packet-info, one hop-limit and one segment-size header
     OUTBOX = 64  # messages of one sendmmsg
     RUN_BYTES = 65000  # of one UDP_SEGMENT message: under 65,535 with any header
     RUN_SEGMENTS = 64  # UDP_MAX_SEGMENTS of kernels before 6.10
@@ -137,6 +141,7 @@ cdef enum:
     QUEUE_DATAGRAMS = 64  # of one session while held
     QUEUE_MS = 5000  # older ones are of no use to anybody
     QUEUE_BYTES = 8 << 20  # of all sessions together
+    HOPS = 64  # a session starts with no more, so what goes round in a ring of relays ends
     SOCKET_BUFFER = 1 << 20  # bytes asked for a backend socket; the kernel clamps it
     TRIAL_MS = 10  # the kernel of a container on this host refuses within microseconds
     RETRY_FIRST_MS = 15  # doubling: a kernel refuses a peer six times in a row, then once a second
@@ -184,6 +189,7 @@ cdef enum:  # words of the counters page; datagrams unless they say bytes
     DROPPED_SEND_TO_CLIENT
     DROPPED_NO_BACKEND  # held too long, too many, or -hold 0
     DROPPED_NO_SESSION  # no memory or descriptor for a new client
+    DROPPED_LOOPED  # passed on as often as its hop limit allowed
     REFUSED  # the backend's ICMP said that nobody listens
     QUEUED_NOW
     GSO_REFUSED  # runs that a route would not take whole
@@ -196,7 +202,8 @@ COUNTERS = (
     "received_from_client", "received_from_backend", "sent_to_backend", "sent_to_client",
     "bytes_from_client", "bytes_from_backend", "bytes_to_backend", "bytes_to_client",
     "dropped_truncated", "dropped_send_to_backend", "dropped_send_to_client", "dropped_no_backend",
-    "dropped_no_session", "refused", "queued", "gso_refused", "messages_to_backend", "messages_to_client",
+    "dropped_no_session", "dropped_looped", "refused", "queued", "gso_refused", "messages_to_backend",
+    "messages_to_client",
 )
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
@@ -225,6 +232,7 @@ cdef struct session_t:
     int64_t seen  # ms, the latest traffic either way
     uint16_t whole_limit[2]  # per direction: runs of segments this large were refused; 0: none were
     uint8_t flags
+    uint8_t hops  # the hop limit of what it sends to the backend
     uint8_t queue_length
     uint16_t first  # 1 + index of this batch's first message, 0 for none
     uint16_t last
@@ -492,8 +500,10 @@ cdef int inbox_receive(relay_t *relay, int fd) noexcept nogil:
     return got
 
 
-cdef uint32_t message_segment(msghdr *header, key_t *key) noexcept nogil:
-    """The size of a run's datagrams, 0 if it is a single one; fills in where it was sent to."""
+cdef uint32_t message_segment(msghdr *header, key_t *key, int *hops) noexcept nogil:
+    """The size of a run's datagrams, 0 if it is a single one; fills in where it was sent to, and the hop
+    limit that it arrived with.
+    """
     cdef cmsghdr *item = CMSG_FIRSTHDR(header)
     cdef uint32_t segment = 0
     while item != NULL:
@@ -505,6 +515,11 @@ cdef uint32_t message_segment(msghdr *header, key_t *key) noexcept nogil:
             memcpy(key.local, &(<in6_pktinfo *>CMSG_DATA(item)).ipi6_addr, 16)
         elif item.cmsg_level == IPPROTO_IP and item.cmsg_type == IP_PKTINFO:
             memcpy(key.local, &(<in_pktinfo *>CMSG_DATA(item)).ipi_spec_dst, 4)
+        elif (
+            item.cmsg_level == IPPROTO_IP and item.cmsg_type == IP_TTL
+            or item.cmsg_level == IPPROTO_IPV6 and item.cmsg_type == IPV6_HOPLIMIT
+        ):
+            hops[0] = (<int *>CMSG_DATA(item))[0]
         item = CMSG_NXTHDR(header, item)
     return segment
 
@@ -642,7 +657,7 @@ cdef session_t *session_find(relay_t *relay, key_t *key, address_t *client, sock
 cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     """Give it a socket that is connected to the next backend. False where there is none or it fails."""
     cdef backend_t *backend
-    cdef int on = 1, bytes = SOCKET_BUFFER, fd
+    cdef int on = 1, bytes = SOCKET_BUFFER, hops = session.hops, fd
     if relay.backends.count == 0:
         return False
     backend = backends_next(&relay.backends)
@@ -655,6 +670,10 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
     if relay.gso:
         setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on))
+    if backend.address.v4.sin_family == AF_INET6:
+        setsockopt(fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS, &hops, sizeof(hops))
+    else:
+        setsockopt(fd, IPPROTO_IP, IP_TTL, &hops, sizeof(hops))
     if (
         connect(fd, <sockaddr *>&backend.address, backend.length) < 0
         or watch(relay.epoll, fd, EPOLLIN, <uintptr_t>session) < 0
@@ -812,7 +831,7 @@ cdef void session_forward(relay_t *relay, session_t *session) noexcept nogil:
         i = following - 1
         following = box.following[i]
         length = box.messages[i].msg_len
-        segment = message_segment(&box.messages[i].msg_hdr, NULL)
+        segment = message_segment(&box.messages[i].msg_hdr, NULL, NULL)
         count = message_datagrams(length, segment)
         # No refusal so far, and no room to wait for one: better too early than not at all.
         if relay.unsure_until and relay.trial != NULL and session.queue_length + count > QUEUE_DATAGRAMS:
@@ -845,7 +864,7 @@ cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
         trial_refused(relay)
     for i in range(relay.inbox_used, relay.inbox_used + got):
         length = box.messages[i].msg_len
-        segment = message_segment(&box.messages[i].msg_hdr, NULL)
+        segment = message_segment(&box.messages[i].msg_hdr, NULL, NULL)
         count = message_datagrams(length, segment)
         relay.counters[RECEIVED_FROM_BACKEND] += count
         relay.counters[BYTES_FROM_BACKEND] += length
@@ -872,12 +891,13 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
     cdef session_t *touched = NULL
     cdef session_t *session
     cdef int got = inbox_receive(relay, relay.listener)
-    cdef int i
+    cdef int i, hops
     cdef uint32_t segment, count
     cdef key_t key
     for i in range(got):
         memset(&key, 0, sizeof(key))
-        segment = message_segment(&box.messages[i].msg_hdr, &key)
+        hops = HOPS + 1
+        segment = message_segment(&box.messages[i].msg_hdr, &key, &hops)
         count = message_datagrams(box.messages[i].msg_len, segment)
         relay.counters[RECEIVED_FROM_CLIENT] += count
         relay.counters[BYTES_FROM_CLIENT] += box.messages[i].msg_len
@@ -891,7 +911,12 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
         else:
             memcpy(key.client, &box.names[i].v4.sin_addr, 4)
             key.port = box.names[i].v4.sin_port
+        if hops <= 1:
+            relay.counters[DROPPED_LOOPED] += count
+            continue
         session = session_find(relay, &key, &box.names[i], box.messages[i].msg_hdr.msg_namelen)
+        if session != NULL and session.fd < 0:
+            session.hops = <uint8_t>min(hops - 1, <int>HOPS)
         if session == NULL:
             relay.counters[DROPPED_NO_SESSION] += count
             continue

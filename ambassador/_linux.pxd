@@ -109,6 +109,7 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef extern from "<netinet/in.h>" nogil:
     enum:
         IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, IPPROTO_UDP, IP_PKTINFO, IPV6_PKTINFO
+        IP_TTL, IPV6_HOPLIMIT, IPV6_UNICAST_HOPS
     struct in_addr:
         uint32_t s_addr
     struct sockaddr_in:

@@ -93,7 +93,8 @@ cdef extern from *:
     /* If what was loaded is `value`, go on with these; else behind them. */
     #define WHEN(value, ...) \\
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), 0, COUNT(__VA_ARGS__)), __VA_ARGS__
-    #define ANY_OF_2(a, b) WHEN(a, ALLOWED), WHEN(b, ALLOWED)
+    #define ANY_OF_1(a) WHEN(a, ALLOWED)
+    #define ANY_OF_2(a, b) ANY_OF_1(a), ANY_OF_1(b)
     #define ANY_OF_4(a, b, c, d) ANY_OF_2(a, b), ANY_OF_2(c, d)
     #define CALL(name, ...) WHEN(__NR_##name, __VA_ARGS__)
     #define ALLOW(name) CALL(name, ALLOWED)
@@ -135,6 +136,8 @@ cdef extern from *:
                   ARGUMENT(2), ANY_OF_4(TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT), REFUSED),
              WHEN(IPPROTO_UDP,
                   ARGUMENT(2), ANY_OF_2(UDP_GRO, UDP_SEGMENT), REFUSED),
+             WHEN(IPPROTO_IP, ARGUMENT(2), ANY_OF_1(IP_TTL), REFUSED),
+             WHEN(IPPROTO_IPV6, ARGUMENT(2), ANY_OF_1(IPV6_UNICAST_HOPS), REFUSED),
              REFUSED),
         CALL(getsockopt,
              ARGUMENT(1),

@@ -29,7 +29,8 @@ BACKLOG = 65_535
 """The kernel clamps it to net.core.somaxconn (listen(2))."""
 
 UDP_GRO = 104  # linux/udp.h
-IP_PKTINFO = 8  # linux/in.h; the socket module names neither
+IP_PKTINFO = 8  # linux/in.h; the socket module names none of these
+IP_RECVTTL = 12
 
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
@@ -109,8 +110,12 @@ def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bo
     # dual-stack socket reports IPv4 arrivals in the IPv6 form, as mapped addresses.
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    # The hop limit it arrived with: what goes round between two relays is to end (also on an IPv6 socket,
+    # for what arrives over IPv4).
+    sock.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DATAGRAM_BUFFER)
     if gro:

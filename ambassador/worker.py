@@ -57,6 +57,7 @@ LOSSES = {
     "no_descriptor": "times a descriptor or memory was lacking",
     "dropped_no_backend": "datagrams had no backend within the hold window",
     "dropped_no_session": "datagrams of new clients found no room for a session",
+    "dropped_looped": "datagrams had been passed on too often: does a relay point back at this one?",
     "dropped_truncated": "datagrams were larger than any can be",
     "dropped_send_to_backend": "datagrams were refused by the kernel on their way to the backend",
     "dropped_send_to_client": "datagrams were refused by the kernel on their way to a client",
