@@ -9,7 +9,7 @@ LOOP_SOURCES := $(LOOPS) $(wildcard ambassador/*.pxd)
 
 # Programs that tests run beside the Engine, each with the Debian package that brings it.
 TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=redis-tools \
-	dnsmasq=dnsmasq-base
+	dnsmasq=dnsmasq-base iptables=iptables
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -6,11 +6,14 @@ green run means that the ambassador was seen to work with Docker.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from tests.docker.engine import Engine, Stage, make_images, start_engine
+from tests.docker.own_engine import ADMIN_PATH, OwnEngine
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,17 @@ def stage(engine: Engine) -> Iterator[Stage]:
     """A corner of the Engine for one test; everything on it is removed afterwards."""
     with Stage(engine) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def own(engine: Engine) -> Iterator[OwnEngine]:
+    """A daemon to be hurt, which has the demo image. It runs before each test and after."""
+    if os.geteuid() != 0 or shutil.which("dockerd", path=ADMIN_PATH) is None:
+        pytest.skip("a daemon to kill needs root and dockerd")
+    own = OwnEngine()
+    try:
+        own.start()
+        own.load_image(engine)
+        yield own
+    finally:
+        own.remove()

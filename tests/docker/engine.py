@@ -204,9 +204,12 @@ class Box:
 class HostAmbassador:
     """The program run on this host from the working tree, its standard error at hand."""
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, args: Sequence[str], env: Mapping[str, str], *, before: Sequence[str] = ()
+    ) -> None:
+        """`before` is what runs it: `ip netns exec NAME`, `setpriv …`."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ambassador", *args],
+            [*before, sys.executable, "-m", "ambassador", *args],
             cwd=REPO,
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
@@ -31,7 +32,7 @@ ADMIN_PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin", os.enviro
 
 
 class OwnEngine:
-    """`start`, `kill` and `stop` the daemon; `engine` speaks to it while it runs."""
+    """`start`, `kill`, `stop` and hang the daemon; `engine` speaks to it while it runs."""
 
     def __init__(self) -> None:
         # In /run: the path of a socket must be short.
@@ -115,6 +116,16 @@ class OwnEngine:
             # Its containerd dies with it. Where nobody reaps that (a container's first process may
             # not) the next dockerd takes the zombie for a containerd that works.
             (self.run / "exec/containerd/containerd.pid").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def hung(self) -> Iterator[None]:
+        """While in here the daemon is stopped (SIGSTOP): its sockets accept, and nobody answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """SIGTERM. What it leaves of its socket is removed."""

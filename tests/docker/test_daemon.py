@@ -6,15 +6,11 @@ Fault rows D1, D2.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 
-import pytest
-
-from tests.docker.engine import Engine, HostAmbassador, Stage, wait_for
-from tests.docker.own_engine import ADMIN_PATH, OwnEngine
+from tests.docker.engine import HostAmbassador, Stage, wait_for
+from tests.docker.own_engine import OwnEngine
 from tests.docker.peers import (
     PATIENCE_S,
     Caller,
@@ -27,20 +23,6 @@ from tests.docker.peers import (
 )
 
 HERE = "127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def own(engine: Engine) -> Iterator[OwnEngine]:
-    """A daemon that has the demo image. It runs before each test and after."""
-    if os.geteuid() != 0 or shutil.which("dockerd", path=ADMIN_PATH) is None:
-        pytest.skip("a daemon to kill needs root and dockerd")
-    own = OwnEngine()
-    try:
-        own.start()
-        own.load_image(engine)
-        yield own
-    finally:
-        own.remove()
 
 
 def test_daemon_killed(own: OwnEngine) -> None:

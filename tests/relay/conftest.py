@@ -26,10 +26,10 @@ Start = Callable[..., Worker]
 @pytest.fixture(scope="session", autouse=True)
 def tools() -> None:
     """These tests are never skipped: what they need must be there."""
-    missing = [name for name in ("ip", "strace") if not shutil.which(name)]
+    missing = [name for name in ("ip", "iptables", "strace") if not shutil.which(name)]
     if missing:
         pytest.fail(
-            f"tests/relay needs {' and '.join(missing)}: apt-get install iproute2 strace",
+            f"tests/relay needs {' and '.join(missing)}: apt-get install iproute2 iptables strace",
             pytrace=False,
         )
     if os.geteuid() != 0:

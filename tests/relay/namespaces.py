@@ -17,12 +17,13 @@ _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count(random.SystemRandom().randrange(1, 60_000))
 
 
-def ip(*arguments: str) -> None:
-    """Run ip(8); what it says on standard error is the failure."""
+def ip(*arguments: str) -> str:
+    """Run ip(8); what it says on standard error is the failure. Its output."""
     done = subprocess.run(
         ["ip", *arguments], capture_output=True, text=True, timeout=20, check=False
     )
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr.strip()}"
+    return done.stdout
 
 
 class Namespace:
@@ -58,6 +59,24 @@ class Namespace:
             ip(*where, "address", "add", f"{address}/64", "dev", link, "nodad")
         else:
             ip(*where, "address", "add", f"{address}/24", "dev", link)
+
+    def run(self, *command: str) -> str:
+        """Run a command in there; its output."""
+        return ip("netns", "exec", self.name, *command)
+
+    def drop(self, *match: str) -> None:
+        """From now on whatever comes or goes there vanishes, or what iptables(8) matches of it."""
+        for chain in ("INPUT", "OUTPUT"):
+            self.run("iptables", "-A", chain, *match, "-j", "DROP")
+
+    def dropped(self) -> list[int]:
+        """The packets that vanished: on their way in, and on their way out."""
+        words = [self.run("iptables", "-L", c, "-vnx").split() for c in ("INPUT", "OUTPUT")]
+        return [int(line[line.index("DROP") - 2]) for line in words]
+
+    def restore(self) -> None:
+        """Nothing vanishes any more."""
+        self.run("iptables", "-F")
 
     def add_ours(self, address: str) -> str:
         """One more address on our end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,14 +24,12 @@ def log() -> Log:
 @pytest.fixture
 def start(world: World, log: Log) -> Iterator[Start]:
     started: list[Discovery] = []
-    logger = logging.Logger("test", logging.DEBUG)
-    logger.addHandler(log)
 
     def make(*targets: str, wait: bool = True, **changes: Any) -> Discovery:
         settings: dict[str, Any] = {
             "network": None,
             "on_change": lambda: None,
-            "log": logger,
+            "log": log.logger(),
             "debounce": 0.005,
             "own_id": lambda: None,
         }

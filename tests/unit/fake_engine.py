@@ -120,6 +120,11 @@ class Log(logging.Handler):
         if record.levelno >= logging.INFO:
             self.lines.append(text)
 
+    def logger(self) -> logging.Logger:
+        logger = logging.Logger("test", logging.DEBUG)
+        logger.addHandler(self)
+        return logger
+
     def having(self, words: str) -> list[str]:
         return [line for line in self.lines if words in line]
 

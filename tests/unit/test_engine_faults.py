@@ -1,0 +1,237 @@
+"""What a real Engine does not do on demand: lost and garbled events, clocks that differ, odd answers.
+
+Fault rows D5, D7, D9, D11. Those that a real one can be brought to are in tests/docker.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ambassador.discovery import Discovery
+from ambassador.engine import connect_engine
+from ambassador.events import MAX_RECORD
+from tests.unit.fake_engine import Log, Start, World, container, event, settle, until
+from tests.unit.test_engine import Handler, Server, says, server, usual_answers
+
+__all__ = ["server"]  # the fixture
+
+DAY_NS = 86_400 * 10**9
+BORN = "2026-01-01T00:00:00.5Z"
+BORN_NS = 1_767_225_600_500_000_000
+
+
+def happened(action: str, ident: str, at: int) -> bytes:
+    value = json.loads(event("web", ident))
+    return json.dumps({**value, "Action": action, "timeNano": at}).encode() + b"\n"
+
+
+def test_300_events_while_disconnected(world: World, start: Start) -> None:
+    """D5: the Engine replays 256 of them at most; what is taken is what inspect says, after one look."""
+    document = container("web", StartedAt=BORN)
+    world.containers["web"] = document
+    seen: list[str | None] = []
+    discovery: Discovery = start(
+        "web", on_change=lambda: seen.append(discovery.states()[0].address)
+    )
+    seen.clear()
+    connect, go_on = world.connect, threading.Event()
+
+    def connect_later() -> Any:
+        go_on.wait(5)
+        return connect()
+
+    discovery._connect = connect_later
+    world.streams[-1].close()
+    until(lambda: len(world.streams) == 1)
+    # 150 times it dies and starts; what the replay still has of that ends with a death.
+    world.containers["web"] = container(
+        "web", "10.0.0.99", StartedAt="2026-01-01T00:10:00Z", Pid=99
+    )
+    replay = []
+    for number in range(150):
+        at = BORN_NS + number * 10**9
+        replay += [happened("start", document["Id"], at), happened("die", document["Id"], at + 1)]
+    world.calls.clear()
+    go_on.set()
+    until(lambda: len(world.streams) == 2)
+    until(lambda: discovery.states()[0].address == "10.0.0.99")
+    assert world.looks("web") == 1
+    for piece in replay[-256:]:
+        world.send(piece)
+    settle(world)
+    assert seen == ["10.0.0.99"], "an old death was taken for news"
+
+
+def test_duplicate_reordered_and_future_events(world: World, start: Start) -> None:
+    """D11: whatever the order, the number and the dates: in the end it is as inspect says."""
+    document = container("web", StartedAt=BORN)
+    world.containers["web"] = document
+    discovery = start("web", debounce=0.0)
+    ident, dice = document["Id"], random.Random(11)
+    for number in range(2, 12):
+        address = f"10.0.0.{number}"
+        world.containers["web"] = container("web", address, StartedAt=BORN, Pid=number)
+        pieces = [
+            happened(action, ident, BORN_NS + offset)
+            for action in ("die", "stop", "start", "restart")
+            for offset in (-DAY_NS, 0, 1, DAY_NS)
+        ] * 2
+        dice.shuffle(pieces)
+        for piece in pieces:
+            world.send(piece)
+        until(lambda address=address: discovery.states()[0].address == address)  # type: ignore[misc]
+        settle(world)
+        assert discovery.states()[0].address == address
+
+
+def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -> None:
+    """D11: the old run's death, told late and twice, does not touch the new run's connections."""
+    document = container("web", StartedAt=BORN)
+    world.containers["web"] = document
+    seen: list[str | None] = []
+    discovery: Discovery = start(
+        "web", on_change=lambda: seen.append(discovery.states()[0].address)
+    )
+    world.containers["web"] = container("web", "10.0.0.9", StartedAt="2026-01-01T00:00:09Z")
+    seen.clear()
+    world.send(happened("start", document["Id"], BORN_NS + 9 * 10**9))
+    until(lambda: discovery.states()[0].address == "10.0.0.9")
+    for _ in range(2):
+        world.send(happened("die", document["Id"], BORN_NS + 5 * 10**9))
+        settle(world)
+    assert seen == ["10.0.0.9"]
+
+
+# --- garbled streams over a real socket ----------------------------------------------------------
+
+
+def follow(server: Server, log: Log) -> Discovery:
+    return Discovery(
+        lambda: connect_engine(f"unix://{server.server_address!s}"),
+        ["web"],
+        network=None,
+        on_change=lambda: None,
+        log=log.logger(),
+        debounce=0.0,
+        own_id=lambda: None,
+    )
+
+
+def chunked(handler: Handler, pieces: Callable[[], Any]) -> None:
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    try:
+        for piece in pieces():
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+    except OSError:
+        pass  # it was closed from there
+    handler.close_connection = True
+
+
+GARBAGE = {
+    "split": [bytes([byte]) for byte in event("other")],
+    "merged": [event("other") * 50],
+    "truncated": [event("other")[:-20] + b"\n"],
+    "no-json": [b"\x00\x01}{][\n", b"null\n", b"[1,2]\n", b'"Type"\n', b"1e999\n"],
+    "odd-types": [
+        b'{"Type":"container","Actor":[]}\n',
+        b'{"Type":"container","Actor":{"ID":7,"Attributes":{"name":[]}},"Action":{}}\n',
+        b'{"Type":{},"timeNano":"now"}\n',
+    ],
+    "no-utf-8": [event("web").replace(b"web", b"\xff\xfe\xc3")],
+    "deep": [b"[" * 100_000 + b"]\n"],
+    "long": [b'{"x":"' + b"y" * 65_000] * (8 * MAX_RECORD // 65_000),
+    "no-end": [b"}" * 60_000] * 20,
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbled_events(server: Server, kind: str) -> None:
+    """D7: no crash, bounded memory, and the next event is understood."""
+    log, more, done = Log(), threading.Event(), threading.Event()
+    address = ["10.0.0.2"]
+
+    def pieces() -> Any:
+        yield event("web")
+        more.wait(5)
+        yield from GARBAGE[kind]
+        address[0] = "10.0.0.7"
+        yield b"\n" + event("web")
+        done.wait(5)
+
+    server.answers["/events"] = lambda handler: chunked(handler, pieces)
+    server.answers["/web/json"] = lambda handler: handler.send(
+        200, json.dumps(container("web", address[0])).encode()
+    )
+    discovery = follow(server, log)
+    discovery.start()
+    try:
+        until(lambda: discovery.states()[0].address == "10.0.0.2")
+        tracemalloc.start()
+        more.set()
+        until(lambda: discovery.states()[0].address == "10.0.0.7")
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak < 16 * MAX_RECORD
+        assert sum("/events" in line for line in server.asked) == 1, "the stream was given up"
+        assert log.having("unexpected") == []
+    finally:
+        tracemalloc.stop()
+        done.set()
+        discovery.stop()
+
+
+# --- answers that are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/events", 403, "forbids GET /events (403): allow it there (in a docker-socket-proxy: "),
+        ("/web/json", 403, "forbids GET /containers/web/json (403): allow it there"),
+        ("/web/json", 500, "answers GET /containers/web/json with 500: out of order"),
+        ("/web/json", 404, "GET /containers/web/json with 404: page not found: is this a Docker"),
+        ("/_ping", 500, "answers GET /_ping with 500: out of order"),
+        ("/events", 500, "answers GET /events with 500: out of order"),
+    ],
+)
+def test_an_answer_that_is_none(server: Server, path: str, status: int, words: str) -> None:
+    """D9: the program says in one line which endpoint it is and what to do, and goes on trying."""
+    said = "page not found" if status == 404 else "out of order"
+    server.answers = usual_answers() | {
+        "/events": lambda handler: chunked(handler, lambda: iter([event("x")])),
+        "/web/json": says(200, json.dumps(container("web")).encode()),
+        path: says(status, json.dumps({"message": said}).encode()),
+    }
+    command = [sys.executable, "-m", "ambassador", "-sock", str(server.server_address)]
+    with subprocess.Popen(
+        [*command, "-name", "web"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as program:
+        try:
+            assert program.stderr is not None
+            for line in program.stderr:
+                if "level=warning" in line:
+                    break
+            assert words in line.replace('\\"', '"')
+            assert str(server.server_address) in line
+            before = len(server.asked)
+            until(lambda: len(server.asked) > before + 1)
+            assert program.poll() is None
+        finally:
+            program.terminate()
+            rest = program.stderr.read() if program.stderr else ""
+    assert words not in rest, "said twice"
+    assert program.returncode == 0
