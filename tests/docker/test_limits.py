@@ -57,8 +57,8 @@ def test_memory_limit(stage: Stage) -> None:
         caller.send(b"hello")
     for conversation in conversations:
         assert conversation.ask(b"hello") == b"hello"
-    for one in (*conversations, *callers):
-        one.socket.close()
+    for sock in [*(c.socket for c in conversations), *(c.socket for c in callers)]:
+        sock.close()
     assert greet(host) == "db"
     assert not ambassador.inspect()["State"]["OOMKilled"]
     assert lines_with(ambassador, "worker ended") == []
