@@ -1,6 +1,7 @@
 """Measures what a restart of the target costs its clients, on a real Engine.
 
     .venv/bin/python scripts/restarts.py [-n RESTARTS] [-m MOVES]
+    .venv/bin/python scripts/restarts.py --count 1000 --check-leaks
 
 Two figures, each from redis behind an ambassador on the host:
 
@@ -9,6 +10,9 @@ Two figures, each from redis behind an ambassador on the host:
 - over MOVES restarts that change the target's address, a client that connects every 10 ms: connects that
   were refused or timed out (a lie to the client), and, apart, conversations that were cut because the
   target itself died in the middle of them (no relay can help those).
+
+With --count only so many restarts, one after the other, as fast as Docker does them; --check-leaks then
+compares what the ambassador holds with what it held after the first ten, and fails where that has grown.
 
 Invariants: nothing is left running, and the Engine is asked only about containers made here.
 """
@@ -32,6 +36,7 @@ from pathlib import Path
 
 import engine
 import images
+import psutil
 
 REPO = engine.REPO
 PORT = 6379
@@ -232,15 +237,81 @@ async def moves(target: str, count: int) -> None:
     )
 
 
-async def measure(restarts: int, count: int) -> None:
+@dataclass(frozen=True)
+class Holdings:
+    """What an ambassador has of everything that could leak."""
+
+    processes: int
+    threads: int
+    descriptors: int
+    memory: int
+    """Private to its processes, bytes."""
+
+    @classmethod
+    def of(cls, pid: int) -> Holdings:
+        parent = psutil.Process(pid)
+        everybody = [parent, *parent.children(recursive=True)]
+        return cls(
+            len(everybody),
+            sum(process.num_threads() for process in everybody),
+            sum(process.num_fds() for process in everybody),
+            sum(process.memory_full_info().uss for process in everybody),
+        )
+
+    def outgrows(self, other: Holdings) -> bool:
+        """Beyond two more connections in the pool to Docker, and 5 % of memory."""
+        return (
+            self.processes > other.processes
+            or self.threads > other.threads
+            or self.descriptors > other.descriptors + 2
+            or self.memory > 1.05 * other.memory
+        )
+
+
+async def endure(target: str, ambassador: Ambassador, count: int, *, check_leaks: bool) -> None:
+    """So many restarts; the end of the program (SystemExit) where one is not followed, or something leaks."""
+    warm, began = None, time.monotonic()
+    for number in range(count):
+        await asyncio.to_thread(docker, "restart", "-t", "0", target)
+        await wait_until_served()
+        if number == min(9, count - 1):
+            await asyncio.sleep(1)  # until those that were held have gone
+            warm = Holdings.of(ambassador.process.pid)
+        print(f"\r  restart {number + 1}/{count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    await asyncio.sleep(1)
+    now = Holdings.of(ambassador.process.pid)
+    backend = f"{address(target)}:{PORT}"
+    titles = [
+        child.cmdline() for child in psutil.Process(ambassador.process.pid).children(recursive=True)
+    ]
+    if not any(backend in title for words in titles for title in words):
+        raise SystemExit(f"no worker leads to {backend}, as inspect says")
+    print(
+        f"{count} restarts in {time.monotonic() - began:.0f} s; the last at {backend}, as inspect says\n"
+    )
+    print("| | processes | threads | descriptors | private memory |\n|---|---|---|---|---|")
+    for when, holdings in (("after ten", warm or now), ("at the end", now)):
+        print(
+            f"| {when} | {holdings.processes} | {holdings.threads} | {holdings.descriptors} "
+            f"| {holdings.memory / 1e6:.1f} MB |"
+        )
+    if check_leaks and warm is not None and now.outgrows(warm):
+        raise SystemExit("something leaks")
+
+
+async def measure(options: argparse.Namespace) -> None:
     target = f"{PREFIX}-redis"
     redis = ("redis-server", "--protected-mode", "no", "--save", "")
     docker("run", "-d", "--name", target, "--expose", str(PORT), f"{images.DEMO}:redis", *redis)
     ambassador = await Ambassador.start(target)
     try:
         await wait_until_served()
-        await latency(target, ambassador, restarts)
-        await moves(target, count)
+        if options.count:
+            await endure(target, ambassador, options.count, check_leaks=options.check_leaks)
+            return
+        await latency(target, ambassador, options.restarts)
+        await moves(target, options.moves)
     finally:
         await ambassador.stop()
 
@@ -249,6 +320,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-n", "--restarts", type=int, default=50)
     parser.add_argument("-m", "--moves", type=int, default=20)
+    parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--check-leaks", action="store_true")
     options = parser.parse_args()
     out = subprocess.run(
         [sys.executable, str(Path(engine.__file__)), "up"],
@@ -259,7 +332,7 @@ def main() -> None:
     os.environ["DOCKER_HOST"] = out.stdout.strip().rpartition("DOCKER_HOST=")[2]
     subprocess.run([sys.executable, str(Path(images.__file__)), "demo"], check=True)
     try:
-        asyncio.run(measure(options.restarts, options.moves))
+        asyncio.run(measure(options))
     finally:
         ours = docker("ps", "-aq", "--filter", f"name={PREFIX}").split()
         if ours:
