@@ -1,6 +1,6 @@
 """Little memory, few processes, low ports, strange names, and a target that never stops restarting.
 
-Fault rows C13, I2, I3, R3, R5, S6; C5 is in test_targets.py.
+Fault rows C13, I2, I3, R3, R5, S6.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ import os
 import socket
 import time
 
-import psutil
 import pytest
 
-from tests.docker.engine import DEMO, Box, Stage, wait_for
+from tests.docker.engine import DEMO, Stage, wait_for
 from tests.docker.peers import (
     PATIENCE_S,
     PORT,
@@ -47,32 +46,16 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
         wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
-        before = holds(ambassador)
-        begin = time.monotonic()
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
             answer = caller.ask(b"and you?")
             assert answer is not None
             assert answer.data == b"other and you?"
-        descriptors, processor_s = holds(ambassador)
-        # Each look has a connection to Docker, of a pool.
-        assert descriptors <= before[0] + 4
-        assert processor_s - before[1] < 0.1 * (time.monotonic() - begin) + 0.3
     crashes = crashing.inspect()["RestartCount"] + 1
     for name in (healthy.name, other.name):
         assert lines_with(ambassador, "repointed", name) == []
     # Of each crash: it runs, it does not, and for either port that there is a backend and is none.
     assert len(lines_with(ambassador, crashing.name)) <= 6 * crashes + 4
-
-
-def holds(ambassador: Box) -> tuple[int, float]:
-    """The descriptors of its processes, and the seconds of processor time they have used."""
-    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
-    everybody = [parent, *parent.children(recursive=True)]
-    return (
-        sum(process.num_fds() for process in everybody),
-        sum(sum(process.cpu_times()[:2]) for process in everybody),
-    )
 
 
 def test_two_targets_want_one_port(stage: Stage) -> None:
