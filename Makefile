@@ -13,7 +13,7 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test bench figures lint image clean
+.PHONY: help build demo test fuzz bench figures lint image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 	@# Where no Engine can be had the Docker tests fail, each with the reason; the others still run.
 	@$(PYTHON) scripts/images.py || true
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
+	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)
 
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3)
 	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)"

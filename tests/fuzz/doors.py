@@ -1,0 +1,260 @@
+"""Every place where the program reads what somebody else wrote, as a function of bytes.
+
+A door takes any bytes at all and returns where its invariants hold. What it raises, whatever it is, is
+a finding. A door's corpus is the folder of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from setproctitle import getproctitle, setproctitle
+
+from ambassador import _wire, documents, inspect
+from ambassador.control import (
+    MAX_PAYLOAD,
+    BadRecord,
+    Destination,
+    Record,
+    Repoint,
+    Start,
+    Unpacker,
+    pack,
+)
+from ambassador.events import MAX_RECORD, EventParser, death, subject
+from ambassador.logs import format_line
+from ambassador.model import Route, TargetState
+from ambassador.options import MissingName, UsageError, parse_options, parse_routes
+from ambassador.reconcile import desire
+from ambassador.titles import PROGRAM, set_title
+
+CORPUS = Path(__file__).parent / "corpus"
+HEADER_BYTES = 16
+GOOD_EVENT = {"Type": "container", "Actor": {"ID": "f" * 64, "Attributes": {"name": "web"}}}
+
+Door = Callable[[bytes], None]
+
+
+def seeds(door: str) -> list[Path]:
+    """The corpus of one door, in one order."""
+    return sorted(path for path in (CORPUS / door).iterdir() if path.is_file())
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """`data` in pieces, whose lengths it says itself: any cut can be reached by changing a byte."""
+    at = 0
+    while at < len(data):
+        step = 1 + data[(at * 7 + len(data)) % len(data)]
+        yield data[at : at + step]
+        at += step
+
+
+def is_one_line(text: str) -> bool:
+    """Nothing in it can end, disguise or forge a line."""
+    return text.isprintable()
+
+
+# --- what the parent writes to a worker --------------------------------------------------------
+
+
+def control(data: bytes) -> None:
+    """W4: records or BadRecord, the same however the stream is cut; what is read packs to the same bytes."""
+    whole, rest = _records([data])
+    cut, _ = _records(pieces(data))
+    assert whole == cut
+    if rest is not None:
+        assert len(rest) < HEADER_BYTES + MAX_PAYLOAD, "waits for more than a record can have"
+        assert b"".join(map(pack, whole)) + rest == data
+    stream = bytearray(data)
+    before = bytes(stream)
+    try:
+        _wire.take(stream)
+    except ValueError:
+        assert bytes(stream) == before, "a refused stream was changed"
+
+
+def _records(chunks: Any) -> tuple[list[Record], bytes | None]:
+    """The records before the first that is none, and what waits behind them; None where one was refused."""
+    unpacker = Unpacker()
+    found: list[Record] = []
+    try:
+        for chunk in chunks:
+            found += unpacker.feed(chunk)
+    except BadRecord:
+        return [], None
+    return found, bytes(unpacker._bytes)
+
+
+# --- what the Engine answers -------------------------------------------------------------------
+
+
+def events(data: bytes) -> None:
+    """D7: whatever comes, memory is bounded, and the next good event is seen."""
+    parser = EventParser()
+    for chunk in (data, *pieces(data), b"\n"):
+        _look(parser.feed(chunk))
+        assert len(parser._buffer) <= MAX_RECORD
+    assert list(parser.feed(json.dumps(GOOD_EVENT).encode() + b"\n"))[-1:] == [GOOD_EVENT]
+
+
+def _look(found: Iterator[Any]) -> None:
+    for event in found:
+        who, dead = subject(event), death(event)
+        assert dead is None or (who is not None and dead[0] in who.ids)
+
+
+def document(data: bytes) -> None:
+    """One inspect document as everybody's: the target's, the ambassador's own, that of a joined one."""
+    read = _json(data)
+    if not isinstance(read, dict):
+        return
+    own = documents.vantage_of(read)
+    for vantage in (documents.Vantage(), own, documents.vantage_of(read, read)):
+        for network in (None, "bridge"):
+            for joined in (None, read):
+                state = inspect.target_state("web\n", read, vantage, network=network, joined=joined)
+                _check_state(state)
+                _check_state(inspect.keep_exposed(state, inspect.absent_state(state)))
+                inspect.awaits_address(read, state)
+    documents.is_target(read, "web")
+    documents.needs_drivers(read, own, None)
+    documents.started_after(read, read)
+
+
+def _check_state(state: TargetState) -> None:
+    assert is_one_line(state.problem)
+    desired = desire((state,))
+    assert all(map(is_one_line, desired.problems))
+    _check_routes(tuple(desired.routes.values()))
+
+
+def _check_routes(routes: tuple[Route, ...]) -> None:
+    """What was made of it can be told to a worker, whole."""
+    for route in routes:
+        pack(Start(route.listener))
+        pack(Repoint(1, tuple(Destination(b.address, b.port, 1) for b in route.backends)))
+
+
+def networks(data: bytes) -> None:
+    """The list of networks; from the host it decides which address is chosen."""
+    read = _json(data)
+    if isinstance(read, list):
+        drivers = documents.drivers_of(read)
+        assert "" not in drivers
+        assert all(isinstance(word, str) for pair in drivers.items() for word in pair)
+
+
+def own_id(data: bytes) -> None:
+    """mountinfo and cgroup: container names and paths stand in them."""
+    mounts, _, cgroup = data.decode(errors="replace").partition("\0")
+    found = documents.own_container_id(mounts, cgroup)
+    assert found is None or len(found) == 64
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- what the user types -----------------------------------------------------------------------
+
+
+def arguments(data: bytes) -> None:
+    """I1: words that end in NUL, as in /proc/PID/cmdline; `NAME=value` before `--env` is environment."""
+    words = [word.decode(errors="surrogateescape") for word in data.split(b"\0")]
+    environment = {}
+    if "--env" in words:
+        at = words.index("--env")
+        environment = dict(word.split("=", 1) for word in words[:at] if "=" in word)
+        words = words[at + 1 :]
+    try:
+        options = parse_options(words, environment)
+    except UsageError as error:
+        assert is_one_line(str(error))
+        assert error.exit_code == 2
+        assert error.usage
+        return
+    except MissingName as error:
+        assert error.exit_code == 1
+        return
+    _check_routes(options.routes)
+    for route in options.routes:
+        pack(Start(route.listener, hold_ms=options.hold_ms))
+    assert all(is_one_line(warning) for warning in options.warnings)
+    assert 0 <= options.drain_ms < 1 << 32
+    assert options.docker_host.startswith(("unix://", "tcp://", "")) and options.workers >= 1
+
+
+def routes(data: bytes) -> None:
+    """I1: `PORT/PROTOCOL=ADDRESS:PORT`, one to a line. Digits are 0 to 9 only."""
+    specs = data.decode(errors="surrogateescape").split("\n")
+    try:
+        _check_routes(parse_routes(specs))
+    except UsageError as error:
+        assert is_one_line(str(error))
+        return
+    assert all(spec.partition("%")[0].isascii() for spec in specs)
+
+
+# --- what a person sees ------------------------------------------------------------------------
+
+_WORD = re.compile(r'([\w.-]+)=("(?:[^"\\]|\\.)*"|[^" ]+)')
+_WORDS = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern})*")
+
+
+def log_line(data: bytes) -> None:
+    """I3: one event is one line, whatever is in it, and standard error can take it."""
+    for text in _texts(data):
+        record = logging.makeLogRecord(
+            {
+                "name": text,
+                "levelno": len(data),
+                "msg": text,
+                "fields": {text: text, "n": data, "time": 1, "msg": text},
+            }
+        )
+        try:
+            raise ValueError(text)
+        except ValueError as error:
+            record.exc_info = (type(error), error, error.__traceback__)
+        line = format_line(record, show_exceptions=True)
+        assert line.endswith("\n") and is_one_line(line[:-1])
+        assert _WORDS.fullmatch(line[:-1])
+        keys = [word[1] for word in _WORD.finditer(line)]
+        assert keys[:3] == ["time", "level", "msg"]
+        assert keys.count("msg") == 1
+        line.encode()
+
+
+def title(data: bytes) -> None:
+    """I3: the kernel's own view of a process whose title holds the text."""
+    former = getproctitle()
+    try:
+        for text in _texts(data):
+            set_title(text)
+            shown = Path("/proc/self/cmdline").read_bytes().rstrip(b"\0")
+            assert shown.startswith(f"{PROGRAM}: "[: len(shown)].encode())
+            assert is_one_line(shown.decode(errors="replace"))
+    finally:
+        setproctitle(former)
+
+
+def _texts(data: bytes) -> tuple[str, ...]:
+    """As a command line gives it, and every code point there is, surrogates among them."""
+    wide = data[: len(data) & ~1].decode("utf-16-le", errors="surrogatepass")
+    return data.decode(errors="surrogateescape"), wide
+
+
+DOORS: dict[str, Door] = {
+    door.__name__: door
+    for door in (
+        control, events, document, networks, own_id, arguments, routes, log_line, title,
+    )
+}  # fmt: skip
