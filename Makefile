@@ -4,6 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := .cache/audit
+# Hashes of PyPI's own files: neither this machine's index nor its folders of wheels are asked.
+COMPILE := PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= CUSTOM_COMPILE_COMMAND="make lock" \
+	$(AUDIT)/bin/pip-compile -q --upgrade --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-find-links
 LOOPS := $(wildcard ambassador/*.pyx)
 LOOP_SOURCES := $(LOOPS) $(wildcard ambassador/*.pxd)
 
@@ -13,7 +18,7 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test fuzz bench figures lint image clean
+.PHONY: help build demo test fuzz bench figures lint image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,12 +60,26 @@ image: ## Build the image, tagged grand-ambassador
 	@scripts/toolchain.sh $(PYTHON)
 	@$(PYTHON) scripts/images.py ambassador
 
+lock: $(AUDIT)/installed ## Choose the image's Python packages anew and write down their hashes (requirements/)
+	$(COMPILE) -o requirements/run.txt pyproject.toml
+	$(COMPILE) --build-deps-for=wheel --only-build-deps -o requirements/build.txt pyproject.toml
+
+audit: $(AUDIT)/installed ## Ask whether a locked package has a known vulnerability; write build/sbom.cdx.json
+	@$(AUDIT)/bin/python scripts/audit.py
+
 clean: ## Stop the private Engine and remove everything that was made
 	@! command -v $(PYTHON) > /dev/null || $(PYTHON) scripts/images.py remove
 	@! command -v $(PYTHON) > /dev/null || $(PYTHON) scripts/engine.py down
 	rm -rf $(VENV) build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -f ambassador/*.so $(LOOPS:.pyx=.c) certs/host-*.crt
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(AUDIT)/installed: pyproject.toml
+	@echo "installing the audit's tools"
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/pip install -qq --disable-pip-version-check \
+		$$($(PYTHON) scripts/audit.py tools)
+	@touch $@
 
 # Without build isolation: the tools are in .venv anyway, and a rebuild then needs no network.
 $(VENV)/installed: pyproject.toml setup.py
