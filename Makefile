@@ -18,10 +18,10 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test fuzz bench figures lint image lock audit clean
+.PHONY: help build demo test fuzz soak reliability bench figures lint image lock audit clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/built ## Create .venv and compile the relay loops (does nothing when up to date)
 
@@ -37,6 +37,12 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 
 fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)
+
+soak: build ## Restarts, kills and daemon bounces under clients that check every byte (MINUTES=10 SEED=1)
+	$(BIN)/python -m tests.soak $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+reliability: build ## Many at once and many in a row, as docs/soak.md shows them (MINUTES=10 for the idle ones)
+	$(BIN)/python -m tests.soak.figures --idle-minutes $(or $(MINUTES),10)
 
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3)
 	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)"

@@ -1,0 +1,1 @@
+"""Hours of restarts, kills and daemon bounces under clients that check every byte: `make soak`."""
