@@ -97,7 +97,8 @@ async def _read_echo(sock: socket.socket, data: bytes, tally: Tally) -> None:
     while more := await loop.sock_recv(sock, 1 << 16):
         if not got:
             tally.answered_at = time.monotonic()
-        if got < len(NAME) + 1 and more != expected[got : got + len(more)]:
+        greeting = more[: max(0, len(NAME) + 1 - got)]
+        if greeting != expected[got : got + len(greeting)]:
             raise Finding("strangers", repr(more[:40]))
         if more != expected[got : got + len(more)]:
             raise Finding("altered", f"after {got} of {len(expected)} bytes")
