@@ -73,12 +73,15 @@ async def converse(port: int, data: bytes, tally: Tally, piece: int, pause: floa
         sending = asyncio.create_task(send())
         try:
             await _read_echo(sock, data, tally)
-        except Finding:
-            if (
-                broken
-            ):  # the kernel tells of a reset once: to the sender, and the reader sees an end
+        except Finding as finding:
+            # The kernel tells of a reset once. Where it told the sender, whose task may not have
+            # heard yet, the reader sees an end.
+            await asyncio.sleep(0.01)
+            if broken:
                 raise broken[0] from None
-            raise
+            kind, text = finding.args
+            sent = "all was sent" if sending.done() else "sending went on"
+            raise Finding(kind, f"{text}, {sent}, {_tcp_state(sock)}") from None
         finally:
             sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, OSError):

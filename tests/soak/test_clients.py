@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -82,6 +83,26 @@ def test_a_reset_is_a_reset_whoever_is_told(pause: float) -> None:
     for _ in range(20):
         with pytest.raises(ConnectionError):
             asyncio.run(talk(reset, DATA * 10, pause))
+
+
+def test_a_reset_that_only_the_sender_is_told_of() -> None:
+    """A burst meets the reset; the reader, which comes after it, sees an end."""
+
+    def serve(server: socket.socket) -> None:
+        for _ in range(20):
+            client, _ = server.accept()
+            client.recv(1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        for _ in range(20):
+            with pytest.raises(ConnectionError):
+                asyncio.run(converse(port, DATA * 400, Tally(), 1000, 0))
+        thread.join()
 
 
 def test_a_refusal_is_found() -> None:
