@@ -5,7 +5,7 @@
 - TCP: greets with `NAME\\n`, echoes up to the end of file and answers that with its own.
 - UDP: answers each datagram with `NAME ` and the datagram.
 
-Its connections have SO_LINGER 0 until everything is echoed: where the process ends before, the kernel
+Its connections have SO_LINGER 0, from the listener on, until everything is echoed: where the process ends before, the kernel
 sends a reset. So a clean end that comes too soon cannot have come from here.
 
 It runs inside the demo image, so it needs nothing but the standard library.
@@ -28,7 +28,6 @@ def linger(client: socket.socket, on: int) -> None:
 def serve(client: socket.socket, name: bytes) -> None:
     try:
         with client:
-            linger(client, 1)
             client.sendall(name + b"\n")
             while data := client.recv(1 << 16):
                 client.sendall(data)
@@ -52,6 +51,7 @@ def main(name: bytes, port: int) -> None:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("0.0.0.0", port))
     tcp = socket.create_server(("0.0.0.0", port), backlog=1024)
+    linger(tcp, 1)  # inherited: not even one that was accepted a moment ago can end cleanly
     threading.Thread(target=answer, args=(udp, name), daemon=True).start()
     while True:
         client, _ = tcp.accept()
