@@ -5,8 +5,8 @@
 - TCP: greets with `NAME\\n`, echoes up to the end of file and answers that with its own.
 - UDP: answers each datagram with `NAME ` and the datagram.
 
-Its connections have SO_LINGER 0, from the listener on, until everything is echoed: where the process ends before, the kernel
-sends a reset. So a clean end that comes too soon cannot have come from here.
+Its connections have SO_LINGER 0, from the listener on, until everything is echoed: where the process
+ends before, the kernel sends a reset. So a clean end that comes too soon cannot have come from here.
 
 It runs inside the demo image, so it needs nothing but the standard library.
 """
