@@ -120,6 +120,7 @@ from ambassador._linux cimport (
     msghdr,
     munmap,
     recvmmsg,
+    send,
     sendmmsg,
     sendmsg,
     setsockopt,
@@ -574,18 +575,22 @@ cdef void session_seen(relay_t *relay, session_t *session, uint8_t proof) noexce
     class_add(relay, session)
 
 
-cdef void session_forget_queue(relay_t *relay, session_t *session) noexcept nogil:
-    """Drop what is queued; the caller counts it."""
+cdef void session_dequeue(relay_t *relay, session_t *session, int counter) noexcept nogil:
+    """Let go of the oldest that is queued, and count it: as `counter` says, unless it went ahead."""
     cdef queued_t *item = session.queue_head
-    cdef queued_t *following
-    while item != NULL:
-        following = item.next
-        relay.queued_bytes -= item.length
-        free(item)
-        item = following
-    relay.counters[QUEUED_NOW] -= session.queue_length
-    session.queue_head = session.queue_tail = NULL
-    session.queue_length = 0
+    if item.gone_ahead:
+        relay.counters[SENT_TO_BACKEND] += 1
+        relay.counters[BYTES_TO_BACKEND] += item.length
+        relay.counters[MESSAGES_TO_BACKEND] += 1
+    elif counter:
+        relay.counters[counter] += 1
+    session.queue_head = item.next
+    if session.queue_head == NULL:
+        session.queue_tail = NULL
+    session.queue_length -= 1
+    relay.queued_bytes -= item.length
+    relay.counters[QUEUED_NOW] -= 1
+    free(item)
 
 
 cdef void session_hang_up(session_t *session) noexcept nogil:
@@ -601,8 +606,8 @@ cdef void session_end(relay_t *relay, session_t *session, int counter) noexcept 
         place = &place[0].chain
     place[0] = session.chain
     class_remove(relay, session)
-    relay.counters[DROPPED_NO_BACKEND] += session.queue_length
-    session_forget_queue(relay, session)
+    while session.queue_head != NULL:
+        session_dequeue(relay, session, DROPPED_NO_BACKEND)
     session_hang_up(session)
     if relay.trial == session:
         relay.trial = NULL
@@ -688,18 +693,9 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
 
 cdef void session_age_queue(relay_t *relay, session_t *session) noexcept nogil:
     """Drop what has waited too long."""
-    cdef queued_t *item
     cdef int64_t oldest = relay.now - min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
     while session.queue_head != NULL and session.queue_head.since < oldest:
-        item = session.queue_head
-        session.queue_head = item.next
-        if session.queue_head == NULL:
-            session.queue_tail = NULL
-        session.queue_length -= 1
-        relay.queued_bytes -= item.length
-        relay.counters[QUEUED_NOW] -= 1
-        relay.counters[DROPPED_NO_BACKEND] += 1
-        free(item)
+        session_dequeue(relay, session, DROPPED_NO_BACKEND)
 
 
 cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t length) noexcept nogil:
@@ -740,30 +736,34 @@ cdef void session_release(relay_t *relay, session_t *session) noexcept nogil:
             outbox_add(relay, session, TO_BACKEND, item.data, item.length, item.length)
         item = item.next
     outbox_flush(relay, TO_BACKEND)
-    session_forget_queue(relay, session)
-
-
-cdef void trial_forget(relay_t *relay) noexcept nogil:
-    """What went ahead did not arrive."""
-    if relay.trial != NULL and relay.trial.queue_head != NULL:
-        relay.trial.queue_head.gone_ahead = False
-    relay.trial = NULL
+    while session.queue_head != NULL:
+        session_dequeue(relay, session, 0)  # the flush has counted it
 
 
 cdef void trial_begin(relay_t *relay, session_t *session) noexcept nogil:
-    """Send the first datagram that `session` has queued; it stays in the queue until the outcome is known."""
+    """Send the first datagram that `session` has queued; it stays in the queue until the outcome is known.
+
+    Only then is it counted: it may have to be sent again.
+    """
+    cdef queued_t *item = session.queue_head
+    cdef ssize_t sent
     if session.fd < 0 and not session_dial(relay, session):
         relay.trial_at = relay.now + relay.retry_ms
         return
-    outbox_add(relay, session, TO_BACKEND, session.queue_head.data, session.queue_head.length, 0)
-    outbox_flush(relay, TO_BACKEND)
-    session.queue_head.gone_ahead = True
+    sent = send(session.fd, item.data, item.length, MSG_DONTWAIT)
+    if sent < 0 and errno == ECONNREFUSED:  # ICMP's answer to an earlier one
+        relay.counters[REFUSED] += 1
+        sent = send(session.fd, item.data, item.length, MSG_DONTWAIT)
+    item.gone_ahead = sent >= 0
     relay.trial = session
     relay.trial_at = relay.now + TRIAL_MS
 
 
 cdef void trial_refused(relay_t *relay) noexcept nogil:
-    trial_forget(relay)
+    """What went ahead did not arrive."""
+    if relay.trial.queue_head != NULL:
+        relay.trial.queue_head.gone_ahead = False
+    relay.trial = NULL
     relay.trial_at = relay.now + relay.retry_ms
     relay.retry_ms = min(2 * relay.retry_ms, RETRY_LAST_MS)
 
@@ -1011,7 +1011,10 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
             if session.fd >= 0 and not backends_have(&relay.backends, session.identity):
                 session_hang_up(session)
             session = session.newer
-    trial_forget(relay)
+    # Nobody has refused what went ahead to the last backend: it counts as sent, and is not sent twice.
+    if relay.trial != NULL and relay.trial.queue_head != NULL and relay.trial.queue_head.gone_ahead:
+        session_dequeue(relay, relay.trial, 0)
+    relay.trial = NULL
     relay.trial_at = relay.now
     relay.retry_ms = RETRY_FIRST_MS
     # The first list of all names, as a rule, a target that has been running for long.

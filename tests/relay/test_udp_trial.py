@@ -113,3 +113,22 @@ def test_a_target_that_goes_away_during_the_trial(start_udp: Start, peers: Peers
         worker.repoint(Destination("127.0.0.1", server.getsockname()[1], 2))
         assert receive(server, 2) == [b"one", b"two"]
     worker.wait_for(queued=0)
+
+
+def test_a_trial_that_a_repoint_cuts_short(start_udp: Start, peers: Peers) -> None:
+    """U7: what went ahead to a backend that is gone already was sent: once, and counted once."""
+    client, server, other = peers.udp(), peers.udp(), peers.udp()
+    worker = start_udp()
+    for number in range(5):
+        client.sendto(datagram(1, number, 60), ("127.0.0.1", worker.port))
+    worker.wait_for(queued=5)
+    with worker.stopped():  # so that both changes come before the trial is over
+        worker.tell(Destination("127.0.0.1", server.getsockname()[1], 1))
+        worker.tell()
+    worker.wait_for(generation=3)
+    assert numbers(receive(server, 1)) == [0]
+    check_udp_counters(worker)
+    worker.repoint(Destination("127.0.0.1", other.getsockname()[1], 2))
+    assert numbers(receive(other, 4)) == [1, 2, 3, 4]
+    worker.wait_for(queued=0, sent_to_backend=5)
+    check_udp_counters(worker)
