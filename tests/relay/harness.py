@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,13 @@ class Worker:
         self.listener.close()
 
 
-def check_tcp_counters(worker: Worker) -> None:
+class Counted(typing.Protocol):
+    """Whatever has the counters of a worker."""
+
+    def counters(self) -> Mapping[str, int]: ...
+
+
+def check_tcp_counters(worker: Counted) -> None:
     """Invariant 3: nothing is lost silently. For a moment when nothing moves."""
     # A peer has the bytes before the loop has counted them: hence the patience.
     _settle(worker, _tcp_balances)
@@ -215,7 +222,7 @@ def _tcp_balances(now: Mapping[str, int]) -> bool:
     return True
 
 
-def check_udp_counters(worker: Worker) -> None:
+def check_udp_counters(worker: Counted) -> None:
     """Invariant 3 for datagrams: each that was received was sent, is queued, or is counted as lost."""
     _settle(worker, _udp_balances)
 
@@ -226,7 +233,7 @@ def _udp_balances(now: Mapping[str, int]) -> bool:
     return now["received_from_client"] + now["received_from_backend"] == went
 
 
-def _settle(worker: Worker, balances: Callable[[Mapping[str, int]], bool]) -> None:
+def _settle(worker: Counted, balances: Callable[[Mapping[str, int]], bool]) -> None:
     try:
         wait_until(lambda: balances(worker.counters()), "", 2)
     except AssertionError:
