@@ -18,10 +18,10 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test fuzz soak reliability bench figures lint image lock audit clean
+.PHONY: help build demo test test-sanitize fuzz soak reliability bench figures lint image lock audit clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/built ## Create .venv and compile the relay loops (does nothing when up to date)
 
@@ -34,6 +34,9 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 	@# Where no Engine can be had the Docker tests fail, each with the reason; the others still run.
 	@$(PYTHON) scripts/images.py || true
 	$(BIN)/python -m pytest $(ARGS)
+
+test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/relay -k tcp')
+	$(BIN)/python scripts/sanitize.py $(ARGS)
 
 fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)

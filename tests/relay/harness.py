@@ -15,14 +15,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ambassador import sockets
 from ambassador.control import Destination, Repoint, Start
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener, Protocol, Sandbox
 from ambassador.nursery import Exited, Forked, Nursery
 from ambassador.worker import Handle
 
 PATIENCE_S = 20.0
 """No single step takes longer than this, however busy the machine is."""
+
+SANITIZED = bool(os.environ.get("SANITIZED"))
+"""Whether the loops are built with sanitizers (scripts/sanitize.py), which no sandbox lets work."""
+
+native = pytest.mark.skipif(
+    SANITIZED, reason="measures, or confines, what the sanitizers have too much of"
+)
 
 # Below the range that the kernel gives to connecting sockets, and elsewhere in every run.
 _ports = itertools.count(random.SystemRandom().randrange(12_000, 30_000))
@@ -132,6 +141,8 @@ class Worker:
         **limits: Any,  # whatever Start takes
     ) -> None:
         """`takes_over` is a dead worker whose listening socket this one gets."""
+        if SANITIZED:
+            limits.setdefault("sandbox", Sandbox.OFF)
         self.yard = yard
         self.handle: Handle
         self.protocol = protocol

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from ambassador.model import Backend, DesiredState, Listener, Protocol, Route
+from ambassador.model import Backend, DesiredState, Listener, Protocol, Route, Sandbox
 from ambassador.nursery import Nursery
 from ambassador.supervisor import Limits, Supervisor
 
-from .harness import PATIENCE_S, wait_until
+from .harness import PATIENCE_S, SANITIZED, wait_until
 from .watched import Watched, children, title
 
 Address = tuple[str, int, str]  # address, port, run
@@ -100,7 +100,8 @@ def routes(lines: Sequence[tuple[int, str, Sequence[Address]]]) -> dict[Listener
 def main(hold_ms: int, lines: IO[str]) -> int:
     wanted = DesiredState()
     # The nursery first: it is forked, which is safe only while there is no thread.
-    supervisor = Supervisor(Nursery.fork(), lambda: wanted, Limits(hold_ms=hold_ms))
+    limits = Limits(hold_ms=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
+    supervisor = Supervisor(Nursery.fork(), lambda: wanted, limits)
 
     def listen() -> None:
         nonlocal wanted

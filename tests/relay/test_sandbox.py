@@ -27,8 +27,10 @@ from ambassador.worker import COUNTERS_BYTES, EXIT_UNCONFINED, Handle
 
 from .conftest import Start as StartWorker
 from .echo import Echo
-from .harness import PATIENCE_S, Worker, bind_free, wait_until
+from .harness import PATIENCE_S, Worker, bind_free, native, wait_until
 from .peers import Peers, destination, read_exactly
+
+pytestmark = native
 
 PACKAGE = Path(ambassador.__file__).parent
 OWN_USERS = 2_000_000_000

@@ -1,0 +1,1 @@
+"""What runs only under the sanitizers: see scripts/sanitize.py."""
