@@ -90,10 +90,15 @@ def main() -> int:
             listener,
             control,
             counters=counters,
+            seat=0,
+            seats=1,
             hold_ms=1000,
             connect_ms=1000,
             max_held=16,
             pipe_bytes=1 << 20,
+            max_connections=0,
+            idle_ms=0,
+            half_close_ms=0,
         )
 
     def udp_relay(listener: int, control: int, counters: int) -> Loop:
@@ -101,6 +106,8 @@ def main() -> int:
             listener,
             control,
             counters=counters,
+            seat=0,
+            seats=1,
             hold_ms=1000,
             session_idle_ms=1000,
             max_sessions=16,
