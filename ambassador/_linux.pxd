@@ -151,7 +151,8 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "<sys/mman.h>" nogil:
     enum:
-        PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS
+        PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MADV_DONTNEED
     void *MAP_FAILED
     void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
     int munmap(void *address, size_t length)
+    int madvise(void *address, size_t length, int advice)

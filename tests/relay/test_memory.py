@@ -1,0 +1,49 @@
+"""What a worker keeps of a burst: at most 1 MB more than before it."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from .conftest import Start
+from .harness import native, wait_until
+from .peers import Peers, destination
+from .watched import private_kb
+
+MB = 1_000_000
+MB_KB = 1000
+
+pytestmark = native
+
+
+def test_udp_buffers_go_back(start_udp: Start, peers: Peers) -> None:
+    """Invariant 4: a burst touches a buffer of 64 KiB for each of its datagrams; later they are gone."""
+    server, client = peers.udp(), peers.udp()
+    worker = start_udp(destination(server))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * MB)
+    idle = private_kb(worker.pid)
+
+    def burst() -> bool:
+        with worker.stopped():
+            for _ in range(32):
+                client.sendto(bytes(60_000), ("127.0.0.1", worker.port))
+        time.sleep(0.1)
+        return private_kb(worker.pid) > idle + MB_KB
+
+    wait_until(burst, "no burst ever needed more than 1 MB")
+    wait_until(lambda: private_kb(worker.pid) < idle + MB_KB, "the buffers stay")
+
+
+def test_connections_go_back(start_tcp: Start, peers: Peers) -> None:
+    """Invariant 4: thousands of connections come and go."""
+    server = peers.server()
+    server.listen(4096)
+    worker = start_tcp(destination(server))
+    idle = private_kb(worker.pid)
+    for _ in range(3):
+        ends = [socket.create_connection(("127.0.0.1", worker.port)) for _ in range(1500)]
+        ends += [server.accept()[0] for _ in range(1500)]
+        for end in ends:
+            end.close()
+    worker.wait_for(accepted=4500, active=0)
+    assert private_kb(worker.pid) < idle + MB_KB // 2
