@@ -24,7 +24,7 @@ from ambassador.model import Protocol
 from tests.docker.engine import HostAmbassador
 from tests.docker.processes import Process, descendants
 
-from .harness import PATIENCE_S, bind_free, wait_until
+from .harness import PATIENCE_S, bind_free, native, wait_until
 from .namespaces import linked
 from .peers import Peers, read_exactly, read_to_end, read_to_reset
 
@@ -227,6 +227,7 @@ def day_of(line: str) -> int:
     return int(found[1])
 
 
+@native  # its shim and the sanitizers both want to be preloaded
 @pytest.mark.parametrize("days", [1, -1])
 def test_clock_jumps(run: Run, peers: Peers, tmp_path: Path, days: int) -> None:
     """P6: connections, sessions and every time limit go on as if nothing had happened."""
