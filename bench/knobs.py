@@ -95,7 +95,9 @@ def backlog() -> Result:
 def datagrams() -> Result:
     """A burst of 1,200 bytes each while the worker is stopped: how many the backend gets afterwards."""
     with relay("udp") as worker, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)  # the knob is not for this one
+        server.setsockopt(
+            socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24
+        )  # the knob is not for this one
         server.bind((HERE, BACK))
         server.settimeout(0.5)
         os.kill(worker, signal.SIGSTOP)
