@@ -388,7 +388,7 @@ def test_an_idle_worker_only_beats(start: Callable[..., Worker], peers: Peers) -
     data, session = udp_server.recvfrom(100)
     udp_server.sendto(data, session)
     assert udp_client.recv(100) == b"ping"
-    time.sleep(0.1)  # back to waiting, after the last of that
+    time.sleep(2.5)  # past the first beat without work, at which buffers go back
     seen: dict[int, list[str]] = {worker.pid: [] for worker in (tcp, udp, holding)}
     with contextlib.ExitStack() as tracers:
         for pid, calls in seen.items():
