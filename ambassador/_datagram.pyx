@@ -976,9 +976,9 @@ cdef void free_ended(relay_t *relay) noexcept nogil:
 
 cdef inline void buffers_trim(relay_t *relay, int count) noexcept nogil:
     """Give the pages of a burst back at the first wait that ended with nothing to do, 2 s later as a rule."""
-    if count:
+    if count > 0:
         relay.worked = True
-    elif relay.worked:
+    elif relay.worked and count == 0:
         relay.worked = False
         madvise(relay.inbox.buffers, BATCH * BUFFER_BYTES, MADV_DONTNEED)
 

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(REPORTS, ignore_errors=True)
     REPORTS.mkdir()
     python = [sys.executable, "-m"]
-    code = run([*python, "tests.sanitize.leaks"])
+    code = run([*python, "tests.sanitize.leaks"], leaks=True)
     code |= run([*python, "pytest", *(arguments or TESTS), "-p", "no:cacheprovider"])
     found = sorted(REPORTS.iterdir())
     for report in found:
@@ -62,14 +62,14 @@ def build() -> None:
     subprocess.run(command, cwd=PLACE, env=env, check=True)
 
 
-def run(command: list[str]) -> int:
+def run(command: list[str], *, leaks: bool = False) -> int:
     log = f"log_path={REPORTS / 'report'}"
     env = {
         **os.environ,
         "LD_PRELOAD": library(
             "libasan.so"
         ),  # before the C library: Python itself is not built with it
-        "ASAN_OPTIONS": f"{log}:detect_leaks=0:detect_stack_use_after_return=1",
+        "ASAN_OPTIONS": f"{log}:detect_leaks={leaks:d}:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": f"{log}:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # so that Python's objects are guarded as well
         "SANITIZED": "1",

@@ -435,6 +435,13 @@ class Machine(RuleBasedStateMachine):
             descriptors(self.parent.nursery),
         )
 
+    def wait_until_the_parent_rests(self) -> None:
+        """It closes a worker's descriptors a moment after that has ended."""
+        seen = (0, 0)
+        while seen != self.parent_descriptors():
+            seen = self.parent_descriptors()
+            time.sleep(4 * SLEEP_S)
+
     def parent_descriptors(self) -> tuple[int, int]:
         return len(descriptors(self.parent.pid)), len(descriptors(self.parent.nursery))
 
@@ -466,6 +473,7 @@ def machine(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         protocol: private_kb(worker.pid) for protocol, worker in first.workers.items()
     }
     first.teardown()
+    first.wait_until_the_parent_rests()
     Machine.parent_rest = first.parent_descriptors()
     yield Machine
     parent.close()
