@@ -133,4 +133,6 @@ def leaks() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # before LeakSanitizer looks again, at what Python leaves
