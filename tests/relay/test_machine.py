@@ -53,7 +53,7 @@ from .harness import (
 from .parent import Parent
 from .watched import Watched, children, descriptors, private_kb, turns
 
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "20"))
 STEPS = int(os.environ.get("MACHINE_STEPS", "40"))
 SHRINK = [Phase.shrink] if os.environ.get("MACHINE_SHRINK") else []
 
