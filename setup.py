@@ -25,7 +25,10 @@ def loop(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [loop(name) for name in ("_splice", "_datagram", "_forker", "_wire", "_sandbox")],
+        [
+            loop(name)
+            for name in ("_splice", "_datagram", "_forker", "_wire", "_sandbox", "_worker")
+        ],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,

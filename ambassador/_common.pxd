@@ -13,7 +13,9 @@ from ambassador._linux cimport (
     CLOCK_MONOTONIC,
     EPOLL_CTL_ADD,
     EPOLL_CTL_MOD,
+    MAP_ANONYMOUS,
     MAP_FAILED,
+    MAP_PRIVATE,
     MAP_SHARED,
     PROT_READ,
     PROT_WRITE,
@@ -68,6 +70,16 @@ cdef inline uint64_t *counters_map(int fd, uint32_t seat, uint32_t seats) noexce
 
 cdef inline void counters_unmap(uint64_t *page, uint32_t seat, uint32_t seats) noexcept nogil:
     munmap(page - seat * COUNTERS_WORDS, seats * COUNTERS_BYTES)
+
+
+cdef inline void *pages_map(size_t length) noexcept nogil:
+    """`length` bytes of zeroes in pages of their own, NULL without memory; the caller unmaps them (munmap).
+
+    They are memory only once they are written to. Not calloc: what it finds in the heap that the worker was
+    born with it must clear, and so copy.
+    """
+    cdef void *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    return NULL if pages == MAP_FAILED else pages
 
 
 cdef inline int64_t monotonic_ms() noexcept nogil:

@@ -41,7 +41,7 @@ Sources: udp(7), ip(7), ipv6(7), recvmmsg(2), sendmmsg(2); net/ipv4/udp.c for wh
 import os
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from ambassador._common cimport (
@@ -61,6 +61,7 @@ from ambassador._common cimport (
     counters_map,
     counters_unmap,
     monotonic_ms,
+    pages_map,
     watch,
 )
 from ambassador._linux cimport (
@@ -90,13 +91,8 @@ from ambassador._linux cimport (
     IPV6_PKTINFO,
     IPV6_UNICAST_HOPS,
     MADV_DONTNEED,
-    MAP_ANONYMOUS,
-    MAP_FAILED,
-    MAP_PRIVATE,
     MSG_DONTWAIT,
     MSG_TRUNC,
-    PROT_READ,
-    PROT_WRITE,
     SO_RCVBUF,
     SO_SNDBUF,
     SOCK_CLOEXEC,
@@ -116,7 +112,6 @@ from ambassador._linux cimport (
     in6_pktinfo,
     in_pktinfo,
     iovec,
-    mmap,
     mmsghdr,
     msghdr,
     madvise,
@@ -254,7 +249,7 @@ cdef struct inbox_t:  # BATCH messages to receive into
     uint8_t control[BATCH][CONTROL_BYTES]
     uint16_t following[BATCH]  # 1 + index of the same session's next message
     uint32_t spent  # headers from the first on that the kernel has written to
-    char *buffers
+    char *buffers  # BATCH of them, of BUFFER_BYTES each, in pages of their own
 
 cdef struct outbox_t:  # OUTBOX messages to send, each one datagram or a run of equal ones
     mmsghdr messages[OUTBOX]
@@ -1089,17 +1084,13 @@ cdef class UdpRelay:
         while buckets < max_sessions and buckets < 1 << 20:
             buckets *= 2
         self.relay.mask = buckets - 1
-        self.relay.buckets = <session_t **>calloc(buckets, sizeof(session_t *))
-        self.relay.inbox = box = <inbox_t *>calloc(1, sizeof(inbox_t))
-        self.relay.outbox = <outbox_t *>calloc(1, sizeof(outbox_t))
+        self.relay.buckets = <session_t **>pages_map(buckets * sizeof(session_t *))
+        self.relay.inbox = box = <inbox_t *>pages_map(sizeof(inbox_t))
+        self.relay.outbox = <outbox_t *>pages_map(sizeof(outbox_t))
         if self.relay.buckets == NULL or self.relay.inbox == NULL or self.relay.outbox == NULL:
             raise MemoryError
-        # mmap and not malloc: pages that no datagram has reached yet are no memory.
-        box.buffers = <char *>mmap(
-            NULL, BATCH * BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
-        )
-        if <void *>box.buffers == MAP_FAILED:
-            box.buffers = NULL
+        box.buffers = <char *>pages_map(BATCH * BUFFER_BYTES)
+        if box.buffers == NULL:
             raise MemoryError
         for i in range(<uint32_t>BATCH):
             box.iov[i].iov_base = box.buffers + i * BUFFER_BYTES
@@ -1131,10 +1122,13 @@ cdef class UdpRelay:
             close(relay.epoll)
         if relay.inbox != NULL and relay.inbox.buffers != NULL:
             munmap(relay.inbox.buffers, BATCH * BUFFER_BYTES)
+        if relay.inbox != NULL:
+            munmap(relay.inbox, sizeof(inbox_t))
+        if relay.outbox != NULL:
+            munmap(relay.outbox, sizeof(outbox_t))
+        if relay.buckets != NULL:
+            munmap(relay.buckets, (relay.mask + 1) * sizeof(session_t *))
         slabs_free(&relay.memory)
-        free(relay.inbox)
-        free(relay.outbox)
-        free(relay.buckets)
         free(relay.backends.items)
         counters_unmap(relay.counters, relay.seat, relay.seats)
 

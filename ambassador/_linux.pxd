@@ -17,6 +17,7 @@ cdef extern from "<unistd.h>" nogil:
     int close_range(unsigned int first, unsigned int last, int flags)
     int dup2(int source, int target)
     int fork()
+    ssize_t read(int fd, void *buffer, size_t length)
 
 cdef extern from "<sys/wait.h>" nogil:
     int waitpid(int pid, int *status, int options)
@@ -37,7 +38,7 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        O_NONBLOCK, O_CLOEXEC, O_RDWR, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ
+        O_NONBLOCK, O_CLOEXEC, O_RDWR, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ, F_SETFL
     int open(const char *path, int flags)
     int fcntl(int fd, int command, ...)
     int pipe2(int fds[2], int flags)

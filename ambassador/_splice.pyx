@@ -61,6 +61,7 @@ from ambassador._common cimport (
     counters_map,
     counters_unmap,
     monotonic_ms,
+    pages_map,
     watch,
     watch_again,
 )
@@ -90,6 +91,7 @@ from ambassador._linux cimport (
     F_GETPIPE_SZ,
     F_SETPIPE_SZ,
     IPPROTO_TCP,
+    MADV_DONTNEED,
     MSG_DONTWAIT,
     MSG_MORE,
     MSG_NOSIGNAL,
@@ -119,6 +121,8 @@ from ambassador._linux cimport (
     fcntl,
     getsockopt,
     linger,
+    madvise,
+    munmap,
     pipe2,
     recv,
     send,
@@ -143,7 +147,7 @@ cdef enum:
     TURN_BYTES = 1 << 20  # a direction moves at most about this much before others get their turn
     PIPE_SMALLEST = 65536  # bytes; a smaller pipe is worse than copying
     SPLICE_BYTES = 1 << 30  # no limit of ours: a pipe's slots are the limit, and hold up to a large page each
-    POOL_PIPES = 64  # kept open while nobody needs them: 64 x 1 MiB is the default user's share
+    POOL_PIPES = 64  # kept open while a burst lasts: 64 x 1 MiB is the default user's share
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
     EVENT_BATCH = 256
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
@@ -276,6 +280,10 @@ cdef struct lent_t:  # a direction whose spill is a part of the worker's buffer
     connection_t *connection
     int d
 
+cdef struct workspace_t:  # in pages of its own, which are memory only once they are used
+    char buffer[2 * COPY_BYTES]  # for every copied read of this worker: room for one behind what is lent
+    lent_t lent[LENT_MOST]
+
 cdef struct list_t:
     connection_t *head
     connection_t *tail
@@ -296,11 +304,11 @@ cdef struct relay_t:
     uint32_t seats
     uint64_t *counters
     slabs_t connections
-    char *buffer  # 2 x COPY_BYTES, for every copied read of this worker: room for one behind what is lent
-    uint32_t lent_bytes  # at its start, COPY_BYTES at most
+    workspace_t *workspace
+    uint32_t lent_bytes  # at the start of its buffer, COPY_BYTES at most
     uint32_t lent_count
-    lent_t lent[LENT_MOST]
     bint lending  # a batch of several events is being handled
+    bint worked  # since the last wait that ended with nothing to do
     pipe_t *pool
     uint32_t pooled
     list_t lists[LISTS]
@@ -349,17 +357,31 @@ cdef pipe_t *pipe_borrow(relay_t *relay) noexcept nogil:
     return pipe
 
 
+cdef void pipe_close(relay_t *relay, pipe_t *pipe) noexcept nogil:
+    close(pipe.read_end)
+    close(pipe.write_end)
+    free(pipe)
+    relay.counters[PIPES_OPEN] -= 1
+
+
 cdef void pipe_return(relay_t *relay, pipe_t *pipe) noexcept nogil:
     """To the pool if it is empty and there is room; otherwise it is closed, bytes and all."""
     if pipe.bytes == 0 and relay.pooled < POOL_PIPES:
         pipe.next = relay.pool
         relay.pool = pipe
         relay.pooled += 1
-        return
-    close(pipe.read_end)
-    close(pipe.write_end)
-    free(pipe)
-    relay.counters[PIPES_OPEN] -= 1
+    else:
+        pipe_close(relay, pipe)
+
+
+cdef void pool_empty(relay_t *relay) noexcept nogil:
+    """Close the pipes that nobody has borrowed."""
+    cdef pipe_t *pipe
+    while relay.pool != NULL:
+        pipe = relay.pool
+        relay.pool = pipe.next
+        pipe_close(relay, pipe)
+    relay.pooled = 0
 
 
 # ------------------------------------------------------------------------------------------- direction
@@ -479,7 +501,7 @@ cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noe
     The bytes read, 0 at the end, -1 with errno, or COPY_NO_MEMORY.
     """
     cdef direction_t *direction = &connection.direction[d]
-    cdef char *room = relay.buffer + relay.lent_bytes
+    cdef char *room = relay.workspace.buffer + relay.lent_bytes
     cdef ssize_t got = recv(connection.fd[d], room, COPY_BYTES, MSG_DONTWAIT)
     cdef int flags = MSG_NOSIGNAL | MSG_DONTWAIT
     if got <= 0:
@@ -515,7 +537,8 @@ cdef inline bint direction_lend(
         return False
     direction.flags |= LENT
     direction.spill, direction.spill_start, direction.spill_end = room, 0, length
-    relay.lent[relay.lent_count].connection, relay.lent[relay.lent_count].d = connection, d
+    relay.workspace.lent[relay.lent_count].connection = connection
+    relay.workspace.lent[relay.lent_count].d = d
     relay.lent_count += 1
     relay.lent_bytes += length
     return True
@@ -541,7 +564,7 @@ cdef void lent_send_all(relay_t *relay) noexcept nogil:
     cdef uint32_t i
     relay.lending = False
     for i in range(relay.lent_count):
-        lent_send(relay, relay.lent[i].connection, relay.lent[i].d)
+        lent_send(relay, relay.workspace.lent[i].connection, relay.workspace.lent[i].d)
     relay.lent_count = relay.lent_bytes = 0
 
 
@@ -1101,6 +1124,16 @@ cdef void free_closed(relay_t *relay) noexcept nogil:
         connection = following
 
 
+cdef inline void burst_over(relay_t *relay, int count) noexcept nogil:
+    """Give back what a burst needed at the first wait that ended with nothing to do, 2 s later as a rule."""
+    if count > 0 or relay.ready_head != NULL:
+        relay.worked = True
+    elif relay.worked and count == 0:
+        relay.worked = False
+        madvise(relay.workspace, sizeof(workspace_t), MADV_DONTNEED)
+        pool_empty(relay)
+
+
 cdef int relay_run(relay_t *relay) noexcept nogil:
     """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
     cdef epoll_event events[EVENT_BATCH]
@@ -1115,6 +1148,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         relay.now = monotonic_ms()
         relay.lending = count > 1
         relay.counters[COUNTER_HEARTBEAT] = relay.now
+        burst_over(relay, count)
         for i in range(max(count, 0)):
             data = events[i].data.u64
             if data == EVENT_LISTENER:
@@ -1203,8 +1237,8 @@ cdef class TcpRelay:
         self.relay.retry_ms = RETRY_FIRST_MS
         self.relay.now = monotonic_ms()
         slabs_init(&self.relay.connections, sizeof(connection_t))
-        self.relay.buffer = <char *>malloc(2 * COPY_BYTES)
-        if self.relay.buffer == NULL:
+        self.relay.workspace = <workspace_t *>pages_map(sizeof(workspace_t))
+        if self.relay.workspace == NULL:
             raise MemoryError
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.relay.epoll < 0:
@@ -1217,7 +1251,6 @@ cdef class TcpRelay:
 
     def __dealloc__(self):
         cdef relay_t *relay = &self.relay
-        cdef pipe_t *pipe
         cdef int state
         if relay.counters == NULL:
             return
@@ -1226,16 +1259,12 @@ cdef class TcpRelay:
                 connection_drop(relay, relay.lists[state].head, RESET)
         ready_turn(relay)
         free_closed(relay)
-        while relay.pool != NULL:
-            pipe = relay.pool
-            relay.pool = pipe.next
-            close(pipe.read_end)
-            close(pipe.write_end)
-            free(pipe)
+        pool_empty(relay)
         if relay.epoll >= 0:
             close(relay.epoll)
         slabs_free(&relay.connections)
-        free(relay.buffer)
+        if relay.workspace != NULL:
+            munmap(relay.workspace, sizeof(workspace_t))
         free(relay.backends.items)
         counters_unmap(relay.counters, relay.seat, relay.seats)
 

@@ -3,6 +3,9 @@
 from typing import Final
 
 VERSION: Final[int]
+START: Final[int]
+REPOINT: Final[int]
+DRAIN: Final[int]
 MAX_PAYLOAD: Final[int]
 MAX_BACKENDS: Final[int]
 MAX_SEATS: Final[int]

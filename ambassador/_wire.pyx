@@ -20,9 +20,9 @@ cdef enum:
     MOST_SEATS = 64  # as many pages of counters are mapped
 
 cdef enum:
-    START = 1
-    REPOINT = 2
-    DRAIN = 3
+    KIND_START = 1
+    KIND_REPOINT = 2
+    KIND_DRAIN = 3
 
 cdef enum:  # numbers of /etc/protocols
     PROTOCOL_TCP = 6
@@ -35,6 +35,9 @@ cdef enum:
     FLAGS = 7
 
 VERSION = CURRENT_VERSION
+START = KIND_START
+REPOINT = KIND_REPOINT
+DRAIN = KIND_DRAIN
 MAX_PAYLOAD = LARGEST_PAYLOAD
 MAX_BACKENDS = MOST_BACKENDS
 MAX_SEATS = MOST_SEATS
@@ -75,7 +78,7 @@ cdef packed struct backend_t:
 cdef tuple take_start(const char *payload, size_t length):
     cdef start_t record
     if length != sizeof(start_t):
-        raise ValueError(f"type {START} of {length} bytes")
+        raise ValueError(f"type {KIND_START} of {length} bytes")
     memcpy(&record, payload, sizeof(start_t))
     if not record.port:
         raise ValueError("port 0")
@@ -113,7 +116,7 @@ cdef tuple take_repoint(const char *payload, size_t length):
     cdef size_t i, at
     cdef list backends = []
     if length < sizeof(repoint_t):
-        raise ValueError(f"type {REPOINT} of {length} bytes")
+        raise ValueError(f"type {KIND_REPOINT} of {length} bytes")
     memcpy(&head, payload, sizeof(repoint_t))
     at = sizeof(repoint_t) + head.title_bytes
     if length != at + head.count * sizeof(backend_t) or head.count > MOST_BACKENDS:
@@ -126,7 +129,7 @@ cdef tuple take_repoint(const char *payload, size_t length):
 cdef object take_drain(const char *payload, size_t length):
     cdef uint32_t deadline_ms
     if length != sizeof(deadline_ms):
-        raise ValueError(f"type {DRAIN} of {length} bytes")
+        raise ValueError(f"type {KIND_DRAIN} of {length} bytes")
     memcpy(&deadline_ms, payload, sizeof(deadline_ms))
     return deadline_ms
 
@@ -148,14 +151,14 @@ def take(bytearray stream not None):
         raise ValueError(f"header with reserved {header.reserved}, length {header.length}")
     if PyByteArray_GET_SIZE(stream) < <Py_ssize_t>(sizeof(header_t) + header.length):
         return None
-    if header.generation and header.kind != REPOINT:
+    if header.generation and header.kind != KIND_REPOINT:
         raise ValueError(f"type {header.kind} with generation {header.generation}")
     payload = PyByteArray_AS_STRING(stream) + sizeof(header_t)
-    if header.kind == START:
+    if header.kind == KIND_START:
         content = take_start(payload, header.length)
-    elif header.kind == REPOINT:
+    elif header.kind == KIND_REPOINT:
         content = take_repoint(payload, header.length)
-    elif header.kind == DRAIN:
+    elif header.kind == KIND_DRAIN:
         content = take_drain(payload, header.length)
     else:
         raise ValueError(f"unknown type {header.kind}")

@@ -51,9 +51,9 @@ class BadRecord(ValueError):
 
 
 class RecordType(enum.IntEnum):
-    START = 1
-    REPOINT = 2
-    DRAIN = 3
+    START = _wire.START
+    REPOINT = _wire.REPOINT
+    DRAIN = _wire.DRAIN
 
 
 class Start(NamedTuple):
@@ -94,7 +94,7 @@ class Destination(NamedTuple):
 
 
 class Repoint(NamedTuple):
-    """The complete list of backends from now on, and the words for the process title."""
+    """The complete list of backends from now on, and the worker's process title (titles.title_of)."""
 
     generation: int
     backends: tuple[Destination, ...] = ()

@@ -25,7 +25,7 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ambassador import _forker, worker
+from ambassador import _forker, _worker
 from ambassador.titles import set_title
 
 _MESSAGE = struct.Struct("=iii")  # kind, pid, status: message_t of _forker.pyx
@@ -146,9 +146,9 @@ def serve(sock: socket.socket) -> NoReturn:
     lent = _forker.serve(sock.fileno())
     status = 0
     if lent is not None:  # this is a new worker
-        status = worker.EXIT_BROKEN
+        status = _worker.EXIT_BROKEN
         try:
-            status = worker.main(*lent)
+            status = _worker.main(*lent)
         except BaseException as error:  # noqa: BLE001 - the process ends here whatever it was
             with contextlib.suppress(OSError):
                 os.write(

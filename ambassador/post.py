@@ -21,6 +21,7 @@ import socket
 from ambassador import sockets
 from ambassador.control import Destination, Repoint, Start
 from ambassador.model import Backend, Listener, Route
+from ambassador.titles import title_of
 from ambassador.worker import Handle, make_counters
 
 STABLE_S = 10.0
@@ -173,5 +174,5 @@ class Post:
         return Repoint(
             self.generation,
             tuple(Destination(b.address, b.port, self._identities[b]) for b in route.backends),
-            f"{self.listener} {whither}"[:1000],
+            title_of(f"{self.listener} {whither}")[:1000],
         )

@@ -29,13 +29,14 @@ from functools import partial
 from types import FrameType
 
 from ambassador import control, sandbox
+from ambassador._worker import EXIT_UNCONFINED
 from ambassador.model import DesiredState, Listener, ProcessState, Protocol, Sandbox
 from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
 from ambassador.post import Post, Seat
 from ambassador.reconcile import Repoint, Start, Stop, plan
 from ambassador.status import port_owner, process_state
 from ambassador.watchdog import Watchdog
-from ambassador.worker import EXIT_UNCONFINED, LOSSES, Handle
+from ambassador.worker import LOSSES, Handle
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,15 @@ from setproctitle import setproctitle
 
 PROGRAM = "grand-ambassador"
 
+show_title = setproctitle
+"""Show a title that title_of has made; nothing is looked at again. For workers, which run little Python."""
+
+
+def title_of(role: str) -> str:
+    """`grand-ambassador: role`, as printable text of one line."""
+    return f"{PROGRAM}: {''.join(c if c.isprintable() else '?' for c in role)}"
+
 
 def set_title(role: str) -> None:
     """Show `grand-ambassador: role` as this process's name and arguments."""
-    setproctitle(f"{PROGRAM}: {''.join(c if c.isprintable() else '?' for c in role)}")
+    show_title(title_of(role))

@@ -1,13 +1,7 @@
-"""A worker: the process that serves one listener. Its handle in the parent, its entry point in the child.
+"""A worker, the process that serves one listener, as its parent sees it. Its own life is _worker.pyx.
 
 Invariants:
 
-- The child is lent three descriptors (listener, control pipe, and the counters page, which it maps) besides
-  standard error, and has no thread. Everything it knows came over the control pipe: Start first, then
-  Repoint, then Drain.
-- The child enters its sandbox when it has heard its Start and before its loop exists, so before any traffic.
-- The child leaves the compiled loop only for control. End of file on the control pipe means that the
-  parent is gone: it exits at once, and every connection it had ends in a reset.
 - The parent never blocks on a worker: what a full control pipe does not take waits here, and of waiting
   Repoints only the newest is kept.
 - The handle owns the write end of the control pipe, the counters page and the pidfd.
@@ -20,28 +14,12 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
 
-from ambassador import _datagram, _sandbox, _splice
-from ambassador._wire import GSO, SANDBOX, SANDBOX_REQUIRED, TCP, take
-from ambassador.control import BadRecord, Drain, Record, RecordType, Repoint, Start, pack
+from ambassador import _datagram, _splice
+from ambassador.control import Drain, Record, Repoint, Start, pack
 from ambassador.model import Listener, Protocol
-from ambassador.titles import set_title
-
-if TYPE_CHECKING:
-    from ambassador._wire import Backends, StartNumbers
 
 COUNTERS_BYTES = 4096
-_READ_BYTES = 65_536
-
-EXIT_DRAINED = 0
-EXIT_PARENT_GONE = 0
-EXIT_BAD_CONTROL = 65
-"""What it was told makes no sense (EX_DATAERR of sysexits.h)."""
-EXIT_BROKEN = 70
-"""The loop could not be set up or failed (EX_SOFTWARE)."""
-EXIT_UNCONFINED = 77
-"""The sandbox is required and something of it cannot be had (EX_NOPERM)."""
 
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": 1, "backends": 2}
@@ -64,8 +42,6 @@ LOSSES = {
     "sessions_evicted": "sessions were ended to make room for others",
 }
 """Counters that somebody should hear of when they rise, and what they count."""
-
-_START, _DRAIN = int(RecordType.START), int(RecordType.DRAIN)
 
 
 def make_counters(seats: int) -> int:
@@ -210,96 +186,3 @@ class Handle:
             os.close(self._control_read)
             os.close(self._counters_fd)
             self._control_read = self._counters_fd = -1
-
-
-# ------------------------------------------------------------------------------------ the child
-
-Loop = _splice.TcpRelay | _datagram.UdpRelay
-
-
-def main(listener_fd: int, control_fd: int, counters_fd: int) -> int:
-    """Serve one listener until told to drain or the parent is gone; the exit code.
-
-    Owns the three descriptors. Written to run little Python: every object it touches is a page that it no
-    longer shares with the nursery.
-    """
-    try:
-        return _serve(listener_fd, control_fd, counters_fd)
-    except ValueError:  # BadRecord is one
-        return EXIT_BAD_CONTROL
-
-
-def _serve(listener_fd: int, control_fd: int, counters_fd: int) -> int:
-    stream = bytearray()
-    loop: Loop | None = None  # until the first record, for which the pipe blocks
-    tcp = False
-    generation = -1
-    while True:
-        taken = take(stream)
-        if taken is None:
-            if loop is not None and loop.run() == _splice.DRAINED:
-                return EXIT_DRAINED
-            data = os.read(control_fd, _READ_BYTES)
-            if not data:
-                return EXIT_PARENT_GONE
-            stream += data
-            continue
-        kind, number, content = taken
-        if (kind == _START) == (loop is not None):
-            raise BadRecord("a Start comes first, and once")
-        if loop is None:
-            numbers = cast("StartNumbers", content)
-            os.set_blocking(control_fd, False)
-            if not _confined(numbers, counters_fd):
-                return EXIT_UNCONFINED
-            loop = _loop(numbers, listener_fd, control_fd, counters_fd)
-            os.close(counters_fd)
-            tcp = numbers[1] == TCP
-        elif kind == _DRAIN:
-            loop.drain(cast("int", content))
-            if tcp:
-                os.close(listener_fd)  # the last copy: from now on the port refuses
-        elif number > generation:
-            generation = number
-            backends, title = cast("tuple[Backends, str]", content)
-            loop.repoint(generation, backends)
-            set_title(title)
-
-
-def _confined(start: StartNumbers, counters_fd: int) -> bool:
-    """Enter the sandbox, if there is to be one. False where something lacks that must not."""
-    flags, seat, seats = start[2], start[12], start[13]
-    if not flags & SANDBOX:
-        return True
-    return not _sandbox.enter(counters_fd, seat, seats) or not flags & SANDBOX_REQUIRED
-
-
-def _loop(start: StartNumbers, listener_fd: int, control_fd: int, counters_fd: int) -> Loop:
-    _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held = start[:8]
-    pipe_bytes, max_connections, idle_ms, half_close_ms, seat, seats = start[8:]
-    if protocol == TCP:
-        return _splice.TcpRelay(
-            listener_fd,
-            control_fd,
-            counters=counters_fd,
-            seat=seat,
-            seats=seats,
-            hold_ms=hold_ms,
-            connect_ms=connect_ms,
-            max_held=max_held,
-            pipe_bytes=pipe_bytes,
-            max_connections=max_connections,
-            idle_ms=idle_ms,
-            half_close_ms=half_close_ms,
-        )
-    return _datagram.UdpRelay(
-        listener_fd,
-        control_fd,
-        counters=counters_fd,
-        seat=seat,
-        seats=seats,
-        hold_ms=hold_ms,
-        session_idle_ms=session_idle_ms,
-        max_sessions=max_sessions,
-        gso=bool(flags & GSO),
-    )

@@ -5,13 +5,20 @@ from __future__ import annotations
 import socket
 import time
 
+import pytest
+
+from ambassador.model import Protocol
+
 from .conftest import Start
 from .harness import native, wait_until
-from .peers import Peers, destination
+from .peers import Peers, destination, exchange
 from .watched import private_kb
 
 MB = 1_000_000
 MB_KB = 1000
+IDLE_KB = 500
+BUFFER_KB = 64
+"""The least that bulk reads touch of the worker's buffer, one after the other."""
 
 pytestmark = native
 
@@ -32,6 +39,32 @@ def test_udp_buffers_go_back(start_udp: Start, peers: Peers) -> None:
 
     wait_until(burst, "no burst ever needed more than 1 MB")
     wait_until(lambda: private_kb(worker.pid) < idle + MB_KB, "the buffers stay")
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_an_idle_worker_has_little_of_its_own(
+    start_tcp: Start, start_udp: Start, protocol: Protocol
+) -> None:
+    """100 ports are 100 workers: below docker-proxy's 0.8 MB each, and a leak of pages to see at once."""
+    worker = start_tcp() if protocol is Protocol.TCP else start_udp()
+    assert private_kb(worker.pid) <= IDLE_KB
+
+
+def test_tcp_pipes_and_buffer_go_back(start_tcp: Start, peers: Peers) -> None:
+    """Invariant 4: bulk streams need pipes, and reads the worker's buffer; at rest neither is there."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    baseline = len(worker.descriptors())
+    idle = private_kb(worker.pid)
+    pairs = [peers.pair(worker, server) for _ in range(4)]
+    for client, backend in pairs:
+        exchange(client, backend, 16 * MB)
+    assert worker.counter("pipes_open") > 0, "nothing was ever spliced"
+    worker.wait_for(pipes_open=0, active=0)
+    assert len(worker.descriptors()) == baseline
+    assert private_kb(worker.pid) < idle + BUFFER_KB
+    again, backend = peers.pair(worker, server)
+    exchange(again, backend, 16 * MB)
 
 
 def test_connections_go_back(start_tcp: Start, peers: Peers) -> None:

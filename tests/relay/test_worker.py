@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from ambassador import sockets
+from ambassador._worker import EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
 from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
 from ambassador.model import Protocol
 from ambassador.nursery import Nursery
-from ambassador.worker import COUNTERS_BYTES, EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
+from ambassador.titles import title_of
+from ambassador.worker import COUNTERS_BYTES
 
 from .conftest import Start as StartWorker
 from .harness import Worker, Yard, bind_free, is_gone, stopped, wait_until
@@ -280,7 +282,8 @@ def test_an_older_generation_is_ignored(start_tcp: StartWorker, peers: Peers) ->
 def test_the_title_says_who_it_is(start_tcp: StartWorker) -> None:
     """S6: the process title names listener and target, and carries nothing a terminal would obey."""
     worker = start_tcp()
-    worker.handle.repoint(Repoint(2, (), f"{worker.port}/tcp web \x1b[31m\n-> 10.0.0.1"))
+    title = title_of(f"{worker.port}/tcp web \x1b[31m\n-> 10.0.0.1")
+    worker.handle.repoint(Repoint(2, (), title))
     worker.wait_for(generation=2)
     expected = f"grand-ambassador: {worker.port}/tcp web ?[31m?-> 10.0.0.1".encode()
     command = Path(f"/proc/{worker.pid}/cmdline")

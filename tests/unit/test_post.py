@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 
 import pytest
 
-from ambassador.control import Repoint, Start
-from ambassador.model import Listener, Protocol
-from ambassador.post import DEGRADED_AFTER, RESTART_FIRST_S, RESTART_LAST_S, STABLE_S, Seat
+from ambassador.control import Repoint, Start, Unpacker
+from ambassador.model import Listener, Protocol, Route
+from ambassador.post import DEGRADED_AFTER, RESTART_FIRST_S, RESTART_LAST_S, STABLE_S, Post, Seat
 from ambassador.worker import Handle
 
 
@@ -25,6 +27,13 @@ class Clock:
         assert self.seat.due == self.now + delay
         self.now += delay
         return delay
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])
 
 
 @pytest.fixture
@@ -78,3 +87,16 @@ def test_a_worker_that_could_not_be_asked_for_has_not_died(clock: Clock) -> None
         assert clock.seat.due == clock.now + 1
     assert not clock.seat.degraded
     assert clock.live(0.001) == 0
+
+
+def test_no_name_gives_a_worker_its_title(free_port: int) -> None:
+    """I3, S6: a worker shows what it is told as it is, so what it is told must be one printable line."""
+    post = Post(Route(Listener(free_port, Protocol.TCP), "web\x1b[31m\n\u202e\udc80 -> 6.6.6.6:1"))
+    post.bind()
+    handle, (_, control, _) = post.prepare(post.seats[0], Start(post.listener))
+    _, repoint = Unpacker().feed(os.read(control, 65536))
+    handle.close()
+    post.close()
+    assert isinstance(repoint, Repoint)
+    shown = "web?[31m??? -> 6.6.6.6:1 -> hold"
+    assert repoint.title == f"grand-ambassador: {free_port}/tcp {shown}"
