@@ -18,7 +18,7 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize fuzz soak reliability bench figures lint image lock audit clean
+.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench figures lint image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ soak: build ## Restarts, kills and daemon bounces under clients that check every
 
 reliability: build ## Many at once and many in a row, as docs/soak.md shows them (MINUTES=10 for the idle ones)
 	$(BIN)/python -m tests.soak.figures --idle-minutes $(or $(MINUTES),10)
+
+mutants: build ## Break it in one place at a time and see the test that must notice (WORDS="T9 U5"; minutes)
+	$(BIN)/python scripts/mutants.py $(WORDS)
 
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3)
 	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)"

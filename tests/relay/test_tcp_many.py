@@ -23,9 +23,9 @@ def tag(number: int) -> bytes:
 
 
 def at_rest(worker: Worker) -> int:
-    """The number of its descriptors beside the pooled pipes, once no connection is left."""
-    worker.wait_for(active=0, held=0)
-    return len(worker.descriptors()) - 2 * worker.counter("pipes_open")
+    """The number of its descriptors once no connection is left, and no pooled pipe."""
+    worker.wait_for(active=0, held=0, pipes_open=0)
+    return len(worker.descriptors())
 
 
 def talk(worker: Worker, number: int, how: str) -> None:
