@@ -161,7 +161,9 @@ cdef enum:
 
 cdef enum:  # of every socket of a connection
     EVENTS = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
-    EVENTS_MUTED = EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
+    # Without EPOLLPRI too: what wakes for bytes names it (net/core/sock.c, sock_def_readable), and epoll
+    # would then tell that the socket is writable, with each segment.
+    EVENTS_MUTED = EPOLLOUT | EPOLLRDHUP | EPOLLET
 
 cdef enum:
     CLIENT = 0
@@ -176,7 +178,7 @@ cdef enum:  # what epoll said of a socket and no call has contradicted since
     WRITABLE = 2
     ENDED = 4  # a FIN, an error or urgent data is queued: a short read is not the last
     FINISHED = 16  # a FIN is queued and no error: behind a short read there is nothing else
-    URGENT = 32  # reads end at the urgent mark: a short read says nothing
+    URGENT = 32  # reads end at the urgent mark, and a splice never gets past it: a short read says nothing
     FAILED = 8  # an error: once its end of file was read, no read will tell of it
     MUTED = 64  # epoll was told not to tell of bytes
 
@@ -590,7 +592,11 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
             if direction.streak >= SMALL_MOVES:
                 direction.streak = 0
                 direction.flags &= ~SPLICING
-    elif got < 0 and (errno == EINVAL or errno == ENOSYS or errno == EPERM):
+    elif got == 0:  # the end, or an urgent mark before it (net/ipv4/tcp.c, tcp_splice_read): recv can tell
+        direction.flags &= ~SPLICING
+        direction_release(relay, direction)
+        return direction_copy(relay, connection, d)
+    elif errno == EINVAL or errno == ENOSYS or errno == EPERM:
         relay.pipe_bytes = 0  # this kernel will not, or a seccomp filter: copy from now on
         direction.flags &= ~SPLICING
         direction_release(relay, direction)
@@ -622,7 +628,7 @@ cdef int direction_pump(relay_t *relay, connection_t *connection, int d) noexcep
             return PUMP_WAIT
         if budget <= 0:
             return PUMP_MORE
-        if direction.flags & SPLICING:
+        if direction.flags & SPLICING and not connection.ready[d] & URGENT:
             got = direction_fill(relay, connection, d)
         else:
             direction_release(relay, direction)
@@ -887,7 +893,8 @@ cdef void connection_event(
         connection.ready[side] |= ENDED
         if events & EPOLLPRI:
             connection.ready[side] |= URGENT
-        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP) == EPOLLRDHUP:
+        # Nobody tells a muted one of urgent data: there may be more than one read before the end.
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP) == EPOLLRDHUP and not known & MUTED:
             connection.ready[side] |= FINISHED
         lent_send(relay, connection, 1 - side)  # if that fails, the end it has queued is no clean one
         if connection.state == CLOSED:

@@ -2,7 +2,8 @@
 
 CPU time is user and system time of every process of the tree, children that have ended included as far as
 their parents have waited for them. The kernel gives it in ticks of 10 ms. What the kernel does for a relay
-outside its own processes (soft interrupts on another's time, ksoftirqd) is in nobody's figure.
+outside its own processes (soft interrupts on another's time, ksoftirqd) is in nobody's figure; `busy_seconds`
+has it, with everything else that the machine did.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ def cpu_seconds(roots: Iterable[int]) -> float:
         if fields:
             ticks += sum(int(field) for field in fields[11:15])  # utime, stime, cutime, cstime
     return ticks * TICK
+
+
+def busy_seconds() -> float:
+    """Time that all cores together have worked so far: for the relay, the load tools, the kernel itself."""
+    fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+    user, nice, system, _idle, _wait, irq, soft = (int(field) for field in fields[:7])
+    return (user + nice + system + irq + soft) * TICK
 
 
 def switches(roots: Iterable[int]) -> int:

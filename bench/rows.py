@@ -47,9 +47,9 @@ class Job:
 class Row:
     """`load` for about `seconds` against `service`, through each peer in turn.
 
-    CPU is reported per `per` units of work. `rounds` overrides the command's number, `discard` the first
-    round's fate. A row of another kind than a load (memory, start-up) names its `special`; its `seconds`
-    are then what a sample takes, not what it is asked to take.
+    CPU is reported per `per` units of work, the relay's own and the whole machine's. `rounds` overrides the
+    command's number, `discard` the first round's fate. A row of another kind than a load (memory, start-up)
+    names its `special`; its `seconds` are then what a sample takes, not what it is asked to take.
     """
 
     name: str
@@ -103,7 +103,11 @@ class Row:
     def all_metrics(self) -> tuple[Metric, ...]:
         if self.load is None:
             return self.metrics
-        return (*self.metrics, Metric("cpu", self.cpu_unit, more=False, digits=2))
+        return (
+            *self.metrics,
+            Metric("cpu", self.cpu_unit, more=False, digits=2),
+            Metric("machine", f"machine {self.cpu_unit}", more=False, digits=2),
+        )
 
 
 _GBITS = Metric("gbits", "Gbit/s", more=True)

@@ -181,11 +181,12 @@ def _sample(job: Job) -> Result:
     pids = relay.pids if relay else []
     aim = Aim(place, place.relay_address, relay.routes[0].port) if pids and relay else None
     aim = aim or Aim(place, place.server_address, row.service.port)
-    before = measure.cpu_seconds(pids)
+    before, busy = measure.cpu_seconds(pids), measure.busy_seconds()
     result = row.load(aim, job.seconds)
-    used = measure.cpu_seconds(pids) - before
+    used, busy = measure.cpu_seconds(pids) - before, measure.busy_seconds() - busy
     if result["units"]:
         result["cpu"] = used / result["units"] * row.per
+        result["machine"] = busy / result["units"] * row.per
     result["cpu_seconds"] = used
     return result
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from .conftest import Start
-from .harness import check_tcp_counters, wait_until
+from .harness import Worker, check_tcp_counters, wait_until
 from .peers import Peers, destination, read_exactly, read_to_end, read_to_reset, reset
+from .watched import turns
 
 
 @pytest.mark.parametrize("side", ["client", "backend"])
@@ -29,6 +32,72 @@ def test_an_urgent_byte_stalls_nobody(start_tcp: Start, peers: Peers, side: str)
     one.close()
     other.close()
     wait_until(lambda: worker.counter("active") == 0, "the connection does not end")
+
+
+def stuck_pair(worker: Worker, peers: Peers) -> tuple[socket.socket, socket.socket, int]:
+    """A pair whose backend does not read, filled until the worker reads no more. The client has room."""
+    server = peers.bound()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+    server.listen()
+    worker.repoint(destination(server))
+    client, backend = peers.pair(worker, server)
+    sent, taken = 0, -1
+    while worker.counter("received_from_client") != taken:
+        taken = worker.counter("received_from_client")
+        client.sendall(bytes(1 << 16))
+        sent += 1 << 16
+        time.sleep(0.05)
+    return client, backend, sent
+
+
+def test_bytes_behind_a_full_destination_wake_nobody(start_tcp: Start, peers: Peers) -> None:
+    """T1, T8: what arrives while its direction is stuck costs no turn, and is not forgotten."""
+    worker = start_tcp()
+    client, backend, sent = stuck_pair(worker, peers)
+    before = turns(worker.pid)
+    for _ in range(100):
+        client.sendall(b"more")
+        time.sleep(0.003)
+    assert turns(worker.pid) - before < 20, "each arrival is a turn"
+    client.shutdown(socket.SHUT_WR)
+    assert len(read_to_end(backend)) == sent + 400
+
+
+def test_an_urgent_byte_behind_a_full_destination(start_tcp: Start, peers: Peers) -> None:
+    """T16: nobody is told of it there; what stands on both sides of the mark arrives, and then the end."""
+    worker = start_tcp()
+    client, backend, sent = stuck_pair(worker, peers)
+    client.sendall(b"A" * 10)
+    client.send(b"!", socket.MSG_OOB)
+    client.sendall(b"B" * 10)
+    client.shutdown(socket.SHUT_WR)
+    time.sleep(0.05)  # so that word of the end has come as well
+    assert read_to_end(backend) == bytes(sent) + b"A" * 10 + b"B" * 10
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_urgent_byte_in_a_bulk_stream(start_tcp: Start, peers: Peers, ended: bool) -> None:
+    """T16: splice stops at the mark, and takes a FIN behind it for the end of the bytes."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(client.sendall, bytes(16 << 20))
+        assert read_exactly(backend, 16 << 20) == bytes(16 << 20)
+        sending.result()
+    assert worker.counter("pipes_open") > 0, "nothing was ever spliced"
+    with worker.stopped():
+        client.sendall(b"A" * 10)
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"B" * 10)
+        if ended:
+            client.shutdown(socket.SHUT_WR)
+    assert read_exactly(backend, 20) == b"A" * 10 + b"B" * 10
+    if ended:
+        assert read_to_end(backend) == b""
+    else:
+        client.sendall(b"and on")
+        assert read_exactly(backend, 6) == b"and on"
 
 
 def test_a_backend_that_accepts_and_resets_is_not_a_failed_dial(
