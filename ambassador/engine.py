@@ -35,6 +35,8 @@ POOL = 64
 """Kept connections. Each follower may use one at a time."""
 
 _VERSION = re.compile(r"1\.\d+", re.ASCII)
+_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
+"""What Docker lets a container be named, and every ID."""
 _FAULTS = (
     DockerException,
     requests.RequestException,
@@ -127,6 +129,9 @@ class DockerEngine:
         self._where = where
 
     def inspect_container(self, name: str) -> Mapping[str, Any]:
+        if not _NAME.fullmatch(name):
+            # Not asked: with a slash or a question mark in it, it would be another endpoint's path.
+            raise NoSuchContainer(f"no container can be named {_line(name, 64)}", status=404)
         endpoint = f"GET /containers/{_line(name, 64)}/json"
         document: object = _asking(
             endpoint, self._where, lambda: self._client.inspect_container(name)

@@ -173,6 +173,16 @@ def test_no_such_container(server: Server, message: str) -> None:
         connect(server).inspect_container("web")
 
 
+@pytest.mark.parametrize("name", ["a/b", "../info", "web/json?x=", "a\nb", "☃", "", "-a", "/"])
+def test_a_name_that_no_container_has_is_not_asked_for(server: Server, name: str) -> None:
+    """S3, I3: the path of a request is never made of what is no name."""
+    engine = connect(server)
+    asked = list(server.asked)
+    with pytest.raises(NoSuchContainer):
+        engine.inspect_container(name)
+    assert server.asked == asked
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
