@@ -74,8 +74,12 @@ def test_pids_limit(stage: Stage) -> None:
     ambassador.wait_for_log("could not be forked: Resource temporarily unavailable")
     assert ambassador.is_running()
     host = ambassador.address()
-    served = len(re.findall("-> ", str(ambassador.container.top()["Processes"])))
-    assert 0 < served < len(ports)
+
+    def served() -> int:
+        return len(re.findall("-> ", str(ambassador.container.top()["Processes"])))
+
+    wait_for("a worker's title", served)
+    assert served() < len(ports)
     stage.docker("update", "--pids-limit=100", ambassador.name)
     for port in ports:
         wait_for("an answer", lambda port=port: is_greeted_by("db", host, port), PATIENCE_S)  # type: ignore[misc]
