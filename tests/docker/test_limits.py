@@ -76,7 +76,7 @@ def test_pids_limit(stage: Stage) -> None:
     host = ambassador.address()
 
     def served() -> int:
-        return len(re.findall("-> ", str(ambassador.container.top()["Processes"])))
+        return len(re.findall("-> ", str(ambassador.container.top(ps_args="-efww")["Processes"])))
 
     wait_for("a worker's title", served)
     assert served() < len(ports)

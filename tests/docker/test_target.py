@@ -241,7 +241,11 @@ def test_created_anew_with_other_ports(stage: Stage) -> None:
     assert len(closed) == 2, closed
     listening = len(ambassador.run("python3", "-c", _COUNT_LISTENERS).split())
     assert listening == 3
-    workers = [line for line in ambassador.container.top()["Processes"] if "->" in " ".join(line)]
+    workers = [
+        line
+        for line in ambassador.container.top(ps_args="-efww")["Processes"]
+        if "->" in " ".join(line)
+    ]
     assert len(workers) == 3, workers
 
 
