@@ -269,7 +269,7 @@ cdef struct class_t:
 
 cdef struct relay_t:
     slabs_t memory  # of the sessions
-    bint worked  # since it was idle the last time: the buffers hold pages
+    int64_t worked_at  # ms; 0 once the buffers' pages have been given back
     int epoll
     int listener
     int control
@@ -970,11 +970,11 @@ cdef void free_ended(relay_t *relay) noexcept nogil:
 
 
 cdef inline void buffers_trim(relay_t *relay, int count) noexcept nogil:
-    """Give the pages of a burst back at the first wait that ended with nothing to do, 2 s later as a rule."""
+    """Give the pages of a burst back when there has been nothing to do for a heartbeat."""
     if count > 0:
-        relay.worked = True
-    elif relay.worked and count == 0:
-        relay.worked = False
+        relay.worked_at = relay.now
+    elif relay.worked_at and relay.worked_at + BEAT_MS <= relay.now:
+        relay.worked_at = 0
         madvise(relay.inbox.buffers, BATCH * BUFFER_BYTES, MADV_DONTNEED)
 
 

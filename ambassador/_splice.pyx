@@ -154,7 +154,9 @@ cdef enum:
     RETRY_LAST_MS = 100
     ACCEPT_PAUSE_MS = 100  # with no descriptor left, accepting rests this long
     KEEPALIVE_AFTER_MS = 10000  # short connections need none, and five calls are a third of their cost
-    KEEPALIVE_IDLE_S = 60
+    KEEPALIVE_IDLE_S = 30  # and up to KEEPALIVE_SPREAD_S more, each connection another
+    KEEPALIVE_SPREAD_S = 61
+    KEEPALIVE_STEP = 23  # has no divisor in common with the spread, so all of it is used, evenly
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
     SWEEP_SHARE = 16  # sweeps are this share of a deadline apart, so it is kept to 6 %
@@ -310,10 +312,11 @@ cdef struct relay_t:
     uint32_t lent_bytes  # at the start of its buffer, COPY_BYTES at most
     uint32_t lent_count
     bint lending  # a batch of several events is being handled
-    bint worked  # since the last wait that ended with nothing to do
+    int64_t worked_at  # ms; 0 once the buffer and the pooled pipes have been given back
     pipe_t *pool
     uint32_t pooled
     list_t lists[LISTS]
+    uint32_t keepalive_turn
     connection_t *young  # the first open one whose backend is not probed yet; all behind it are younger
     connection_t *ready_head
     connection_t *ready_tail
@@ -594,6 +597,7 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
                 direction.flags &= ~SPLICING
     elif got == 0:  # the end, or an urgent mark before it (net/ipv4/tcp.c, tcp_splice_read): recv can tell
         direction.flags &= ~SPLICING
+        direction.streak = 0
         direction_release(relay, direction)
         return direction_copy(relay, connection, d)
     elif errno == EINVAL or errno == ENOSYS or errno == EPERM:
@@ -848,10 +852,18 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     return True
 
 
-cdef void connection_keep_alive(connection_t *connection) noexcept nogil:
-    """Have the kernel probe the backend while it is silent; the client's socket inherits this."""
-    cdef int on = 1, idle = KEEPALIVE_IDLE_S, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
+cdef void connection_keep_alive(relay_t *relay, connection_t *connection) noexcept nogil:
+    """Have the kernel probe the backend while it is silent, and the client, whose socket inherits the rest.
+
+    The kernel's timers of a minute are 2 s coarse: thousands of connections with one idle time would be
+    probed in one go, most probes dropped (net.core.netdev_max_backlog), and so with each retry, until
+    healthy connections are given up.
+    """
+    cdef int on = 1, idle, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
     cdef int fd = connection.fd[BACKEND]
+    relay.keepalive_turn += KEEPALIVE_STEP
+    idle = KEEPALIVE_IDLE_S + relay.keepalive_turn % KEEPALIVE_SPREAD_S
+    setsockopt(connection.fd[CLIENT], IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle))
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval))
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count))
@@ -1072,7 +1084,7 @@ cdef void expire(relay_t *relay) noexcept nogil:
     while relay.lists[HELD].head != NULL and relay.lists[HELD].head.hold_until <= relay.now:
         connection_drop(relay, relay.lists[HELD].head, REJECTED)
     while relay.young != NULL and relay.young.deadline <= relay.now:
-        connection_keep_alive(relay.young)
+        connection_keep_alive(relay, relay.young)
         relay.young = relay.young.next
     if relay.sweep_at and relay.sweep_at <= relay.now:
         sweep(relay)
@@ -1132,11 +1144,11 @@ cdef void free_closed(relay_t *relay) noexcept nogil:
 
 
 cdef inline void burst_over(relay_t *relay, int count) noexcept nogil:
-    """Give back what a burst needed at the first wait that ended with nothing to do, 2 s later as a rule."""
+    """Give back what a burst needed when there has been nothing to do for a heartbeat."""
     if count > 0 or relay.ready_head != NULL:
-        relay.worked = True
-    elif relay.worked and count == 0:
-        relay.worked = False
+        relay.worked_at = relay.now
+    elif relay.worked_at and relay.worked_at + BEAT_MS <= relay.now:
+        relay.worked_at = 0
         madvise(relay.workspace, sizeof(workspace_t), MADV_DONTNEED)
         pool_empty(relay)
 

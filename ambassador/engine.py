@@ -36,7 +36,7 @@ POOL = 64
 
 _VERSION = re.compile(r"1\.\d+", re.ASCII)
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
-"""What Docker lets a container be named, and every ID."""
+"""What Docker lets a container be named, and every ID. It writes names with a slash before them."""
 _FAULTS = (
     DockerException,
     requests.RequestException,

@@ -20,7 +20,8 @@ from ambassador.model import Listener, Protocol
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 6
-"""A peer that vanished is noticed after 60 + 6 x 10 seconds without a byte."""
+"""A client that vanished is noticed after 60 + 6 x 10 seconds without a byte. Of a connection that is older
+than 10 s its worker sets another idle time (_splice.pyx, connection_keep_alive), 30 to 90 s."""
 
 DATAGRAM_BUFFER = 4 << 20
 """Bytes asked for a datagram listener; the kernel clamps it to net.core.{r,w}mem_max."""

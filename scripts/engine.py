@@ -501,9 +501,12 @@ def remove_orphans() -> None:
                     orphan.down()
 
 
-def up() -> str:
-    """Find or start an Engine; its DOCKER_HOST. Raises UnavailableError where none can be had."""
-    host = running_engine()
+def up(*, private: bool = False) -> str:
+    """Find or start an Engine; its DOCKER_HOST. Raises UnavailableError where none can be had.
+
+    `private`: this checkout's own, whatever else runs.
+    """
+    host = None if private else running_engine()
     if host is not None:
         say(f"using the Docker Engine at {host}")
         return host
@@ -554,8 +557,8 @@ def status() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    if list(argv) not in (["up"], ["down"], ["status"]):
-        print("usage: engine.py up | down | status", file=sys.stderr)
+    if list(argv) not in (["up"], ["up", "--private"], ["down"], ["status"]):
+        print("usage: engine.py up [--private] | down | status", file=sys.stderr)
         return 2
     try:
         if argv[0] == "status":
@@ -563,7 +566,7 @@ def main(argv: Sequence[str]) -> int:
         if argv[0] == "down":
             down()
         else:
-            print(f"DOCKER_HOST={up()}")
+            print(f"DOCKER_HOST={up(private='--private' in argv)}")
     except (UnavailableError, OSError) as error:
         print(f"engine.py: {error}", file=sys.stderr)
         return 2

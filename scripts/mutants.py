@@ -3,30 +3,41 @@
     python scripts/mutants.py [WORD ...]     those whose name, rows or file contain a WORD; else all
 
 tests/mutants/mutants.toml has the list. Everything happens in a copy of the working tree, build/mutants, with
-an Engine of its own where an image is needed. First each test must pass there with nothing broken; then, for
+an Engine of its own where a test needs one. First each test must pass there with nothing broken; then, for
 each mutant, it must fail. Exit code 1 where one does not, which is a test that does not test.
 
-- A mutant counts as noticed only if pytest says that a test failed (exit code 1), not where nothing ran.
+- A mutant counts as noticed only if a test itself failed: not where a fixture did, or nothing ran.
 - Compiled modules are built again; a mutant that does not compile is a mistake in the list.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import os
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 REPO = Path(__file__).resolve().parents[1]
 PLACE = REPO / "build" / "mutants"
+LOG = PLACE / "build" / "last.log"
 LIST = REPO / "tests" / "mutants" / "mutants.toml"
 COMPILED = {".pyx", ".pxd"}
-PASSED, FAILED = 0, 1  # exit codes of pytest
+DOCKER_TESTS = "tests/docker/"
 LIMIT_S = 300
+
+
+class Outcome(enum.Enum):
+    PASSED = enum.auto()
+    FAILED = enum.auto()
+    NOTHING = enum.auto()  # neither: a fixture failed, nothing ran, or it never came to an end
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,13 @@ def read() -> list[Mutant]:
 
 
 def copy() -> None:
-    """The working tree as git knows it, with what it has built: the next build is short."""
+    """The working tree as git knows it. What was built there stays: the next build is short."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     for name in listing.splitlines():
         source, target = REPO / name, PLACE / name
         if not source.is_file():
+            target.unlink(missing_ok=True)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_bytes() != source.read_bytes():
@@ -74,29 +86,62 @@ def build() -> None:
     subprocess.run(command, cwd=PLACE, check=True, capture_output=True, timeout=LIMIT_S)
 
 
-def outcome(test: str) -> int:
-    """The exit code of pytest; one that is never done is a failure too."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+@contextlib.contextmanager
+def engine(*, needed: bool) -> Iterator[dict[str, str]]:
+    """The environment for the tests, with a private Engine of the copy's while it lasts."""
+    # No .pyc: one that was written within the second of a change would be taken for the changed file's.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "scripts/engine.py"]
+    if not needed:
+        yield environment
+        return
+    begin = subprocess.run(
+        [*command, "up", "--private"], cwd=PLACE, stdout=subprocess.PIPE, check=True
+    )
     try:
-        done = subprocess.run(
-            command, cwd=PLACE, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return FAILED
-    (PLACE / "build").mkdir(exist_ok=True)
-    (PLACE / "build" / "last.log").write_text(done.stdout + done.stderr)
-    return done.returncode
+        yield environment | {"DOCKER_HOST": begin.stdout.decode().strip().partition("=")[2]}
+    finally:
+        subprocess.run([*command, "down"], cwd=PLACE, check=False)
 
 
-def is_noticed(mutant: Mutant) -> bool:
-    """Break, build, test, mend. (Mended sources are built with the next that is compiled.)"""
+def run(test: str, environment: dict[str, str]) -> Outcome:
+    LOG.parent.mkdir(exist_ok=True)
+    report = PLACE / "build" / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", test]
+    with LOG.open("w") as log:
+        try:
+            subprocess.run(
+                command,
+                cwd=PLACE,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                timeout=LIMIT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome.NOTHING
+    if not report.exists():
+        return Outcome.NOTHING
+    (suite,) = ElementTree.parse(report).getroot()  # noqa: S314 - our own pytest wrote it
+    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    if count["failures"]:
+        return Outcome.FAILED
+    passed = count["tests"] > count["skipped"] and not count["errors"]
+    return Outcome.PASSED if passed else Outcome.NOTHING
+
+
+def run_broken(mutant: Mutant, environment: dict[str, str]) -> Outcome:
+    """Break, build, test, mend. (Mended sources are built again at once.)"""
     path = PLACE / mutant.file
     whole = path.read_text()
     path.write_text(whole.replace(mutant.old, mutant.new))
     try:
         if path.suffix in COMPILED:
             build()
-        return outcome(mutant.test) == FAILED
+        return run(mutant.test, environment)
     finally:
         path.write_text(whole)
         if path.suffix in COMPILED:
@@ -107,23 +152,24 @@ def main(words: Sequence[str]) -> int:
     chosen = [m for m in read() if not words or any(word in m.words() for word in words)]
     copy()
     build()
-    tests = dict.fromkeys(mutant.test for mutant in chosen)
-    for test in tests:
-        _say(f"whole   {test}")
-        if outcome(test) != PASSED:
-            _say(f"        does not pass with nothing broken: see {PLACE}/build/last.log")
-            return 1
-    missed = []
-    for mutant in chosen:
-        begun = time.monotonic()
-        noticed = is_noticed(mutant)
-        took = f"{time.monotonic() - begun:4.0f} s"
-        verdict = "noticed" if noticed else "MISSED "
-        _say(f"{verdict} {took}  {' '.join(mutant.rows):8} {mutant.name}  ({mutant.test})")
-        if not noticed:
-            missed.append(mutant)
+    with engine(needed=any(m.test.startswith(DOCKER_TESTS) for m in chosen)) as environment:
+        for test in dict.fromkeys(mutant.test for mutant in chosen):
+            _say(f"whole   {test}")
+            if run(test, environment) is not Outcome.PASSED:
+                _say(f"        does not pass with nothing broken: see {LOG}")
+                return 1
+        missed = [mutant for mutant in chosen if not _is_noticed(mutant, environment)]
     _say(f"{len(chosen)} mutants, {len(missed)} missed")
     return 1 if missed else 0
+
+
+def _is_noticed(mutant: Mutant, environment: dict[str, str]) -> bool:
+    begun = time.monotonic()
+    outcome = run_broken(mutant, environment)
+    words = {Outcome.FAILED: "noticed", Outcome.PASSED: "MISSED", Outcome.NOTHING: "NO TEST RAN"}
+    took = f"{time.monotonic() - begun:4.0f} s"
+    _say(f"{words[outcome]:11} {took}  {' '.join(mutant.rows):8} {mutant.name}  ({mutant.test})")
+    return outcome is Outcome.FAILED
 
 
 def _say(text: str) -> None:

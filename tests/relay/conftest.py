@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
     """Run whole programs: `run("-workers", "2", "80/tcp=10.0.0.1:80")`. They end with the test."""
     with contextlib.ExitStack() as programs:
 
-        def run_one(*arguments: str) -> Program:
-            program = Program(*arguments, log=tmp_path / "log")
+        def run_one(*arguments: str, before: Sequence[str] = ()) -> Program:
+            program = Program(*arguments, log=tmp_path / "log", before=before)
             programs.callback(program.close)
             return program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,13 +18,14 @@ from .harness import PATIENCE_S, SANITIZED, bind_free, wait_until
 class Program:
     """It and its processes, from outside."""
 
-    def __init__(self, *arguments: str, log: Path) -> None:
+    def __init__(self, *arguments: str, log: Path, before: Sequence[str] = ()) -> None:
+        """`before` is a command that runs the program, as setpriv does."""
         self.log = log
         if SANITIZED:
             arguments = ("-sandbox", "off", *arguments)
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ambassador", "relay", *arguments], stderr=stderr
+                [*before, sys.executable, "-m", "ambassador", "relay", *arguments], stderr=stderr
             )
 
     def workers(self, listener: str) -> list[int]:

@@ -30,6 +30,7 @@ from .conftest import Start as StartWorker
 from .echo import Echo
 from .harness import PATIENCE_S, Worker, bind_free, native, wait_until
 from .peers import Peers, destination, read_exactly
+from .program import Run, free_port
 
 pytestmark = native
 
@@ -111,6 +112,16 @@ def test_a_worker_holds_no_power(start: StartWorker, peers: Peers, protocol: Pro
     # Of sockets it has its listener alone: no Docker's, no nursery's.
     sockets = [name for name in worker.descriptors().values() if name.startswith("socket:")]
     assert len(sockets) == 1
+
+
+def test_supplementary_groups_are_given_up(run: Run) -> None:
+    """S1: those of the program, as `docker run --group-add` gives it them."""
+    port = free_port(Protocol.TCP)
+    program = run(f"{port}/tcp=127.0.0.1:9", before=["setpriv", "--groups", "4,27"])
+    program.has(f"{port}/tcp", 1)
+    (worker,) = program.workers(f"{port}/tcp")
+    assert status(program.process.pid)["Groups"].split() == ["4", "27"]
+    assert status(worker)["Groups"] == ""
 
 
 def test_off_means_off(start_tcp: StartWorker) -> None:

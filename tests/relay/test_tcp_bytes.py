@@ -186,6 +186,23 @@ def test_one_byte_writes_into_a_full_path(start_tcp: Start, peers: Peers, way: s
     assert worst < 1.0, f"the reader had to wait {worst:.2f} s"
 
 
+def test_two_small_writes_in_a_row_are_not_delayed(start_tcp: Start, peers: Peers) -> None:
+    """T13: the second would wait for the other end's delayed acknowledgement, 40 ms, in either direction."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    took = []
+    for _ in range(60):
+        begin = time.perf_counter()
+        for one, other in ((client, backend), (backend, client)):
+            one.sendall(b"1")
+            assert read_exactly(other, 1) == b"1"  # so that the worker has read them apart
+            one.sendall(b"2")
+            assert read_exactly(other, 1) == b"2"
+        took.append(time.perf_counter() - begin)
+    assert statistics.median(took) < 0.02
+
+
 def test_one_byte_there_and_back(start_tcp: Start, peers: Peers, loopback: str) -> None:
     """T13: one-byte ping-pong takes less than 5 ms at the 99th percentile."""
     server = peers.server(loopback)

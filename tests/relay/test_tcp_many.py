@@ -172,6 +172,31 @@ def test_descriptors_reused_inside_one_batch(start_tcp: Start, peers: Peers) -> 
     check_tcp_counters(worker)
 
 
+def test_late_events_of_a_connection_that_has_ended(start_tcp: Start, peers: Peers) -> None:
+    """T17: in one batch a client resets, its numbers go to newcomers, and only then its backend speaks."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    old = [peers.pair(worker, server) for _ in range(20)]
+    with worker.stopped():
+        for client, _ in old:
+            reset(client)
+        fresh = [peers.connect(worker) for _ in range(4)]  # as many as a turn accepts
+        for number, client in enumerate(fresh):
+            client.sendall(tag(number))
+        for _, backend in old:
+            backend.sendall(b"stranger")
+    told = set()
+    for _ in fresh:
+        backend = peers.accept(server)
+        told.add(said := read_exactly(backend, RECORD))
+        backend.sendall(said)
+    assert told == {tag(number) for number in range(len(fresh))}
+    for number, client in enumerate(fresh):
+        assert read_exactly(client, RECORD) == tag(number)
+    worker.wait_for(active=len(fresh), reset=len(old))
+    check_tcp_counters(worker)
+
+
 def more_ended(worker: Worker, jobs: list[Future[bool]], count: int) -> bool:
     ended = worker.counter("accepted") - worker.counter("active")
     return ended >= count or all(job.done() for job in jobs)

@@ -48,7 +48,7 @@ def relay(kind: socket.SocketKind) -> Iterator[tuple[int, int]]:
     route = f"{port}/{protocol}={HERE}:{server.getsockname()[1]}"
     with server, Echo(server):
         process = subprocess.Popen(
-            [sys.executable, "-m", "ambassador", "relay", "-log-level", "error", route], cwd=REPO
+            [sys.executable, "-m", "ambassador", "relay", "-log-level", "warn", route], cwd=REPO
         )
         try:
             if kind == socket.SOCK_STREAM:
@@ -85,11 +85,14 @@ def idle(minutes: float) -> list[str]:
         for number, sock in enumerate(held):
             ask(sock, b"%06d" % number)
         opened, work, begun = samples.look(pid, 0), cpu_seconds([pid]), time.monotonic()
-        times = []
+        times: list[float] = []
         while time.monotonic() - begun < 60 * minutes:
             at = time.monotonic()
-            with connect(port) as sock:
-                ask(sock, b"hello")
+            try:
+                with connect(port) as sock:
+                    ask(sock, b"hello")
+            except OSError as error:
+                raise Wrong(f"one of the others, after {len(times):,}: {error}") from error
             times.append(time.monotonic() - at)
             time.sleep(0.01)
         seconds, used = time.monotonic() - begun, cpu_seconds([pid]) - work

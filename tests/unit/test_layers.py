@@ -93,7 +93,8 @@ def _modules() -> dict[str, dict[str, str]]:
 
 def _runtime_imports(path: Path) -> str:
     """Those of a compiled module, as Python: a cimport is settled by the compiler."""
-    return "\n".join(re.findall(r"^(?:import|from \S+ import) .*$", path.read_text(), re.MULTILINE))
+    found = re.findall(r"^[ \t]*((?:import|from \S+ import) .*)$", path.read_text(), re.MULTILINE)
+    return "\n".join(found)
 
 
 MODULES = _modules()
