@@ -2,6 +2,13 @@
 
 from typing import Final
 
+COUNTERS_BYTES: Final[int]
+GENERATION_WORD: Final[int]
+BACKENDS_WORD: Final[int]
+HEARTBEAT_WORD: Final[int]
+SANDBOX_WORD: Final[int]
+FIRST_COUNTER: Final[int]
+
 EXIT_DRAINED: Final[int]
 EXIT_PARENT_GONE: Final[int]
 EXIT_BAD_CONTROL: Final[int]

@@ -18,12 +18,28 @@ Invariants:
 from libc.stdint cimport int64_t
 
 from ambassador import _datagram, _sandbox, _splice
+from ambassador._common cimport (
+    COUNTER_BACKENDS,
+    COUNTER_GENERATION,
+    COUNTER_HEARTBEAT,
+    COUNTER_OWN,
+    COUNTER_SANDBOX,
+)
+from ambassador._common cimport COUNTERS_BYTES as PAGE_BYTES
 from ambassador._linux cimport EINTR, F_SETFL, O_NONBLOCK, close, errno, fcntl, read
 from ambassador._wire import DRAIN, GSO, SANDBOX, SANDBOX_REQUIRED, START, TCP, take
 from ambassador.titles import show_title
 
 cdef enum:
     READ_BYTES = 65536  # as much as a pipe holds
+
+# What the parent must know of the counters page: its size, and the words that every loop has.
+COUNTERS_BYTES = PAGE_BYTES
+GENERATION_WORD = COUNTER_GENERATION
+BACKENDS_WORD = COUNTER_BACKENDS
+HEARTBEAT_WORD = COUNTER_HEARTBEAT
+SANDBOX_WORD = COUNTER_SANDBOX
+FIRST_COUNTER = COUNTER_OWN  # from here on the loop's own, in the order of its COUNTERS
 
 EXIT_DRAINED = 0
 EXIT_PARENT_GONE = 0

@@ -16,16 +16,19 @@ import time
 from collections.abc import Mapping
 
 from ambassador import _datagram, _splice
+from ambassador._worker import (
+    BACKENDS_WORD,
+    COUNTERS_BYTES,
+    FIRST_COUNTER,
+    GENERATION_WORD,
+    HEARTBEAT_WORD,
+    SANDBOX_WORD,
+)
 from ambassador.control import Drain, Record, Repoint, Start, pack
 from ambassador.model import Listener, Protocol
 
-COUNTERS_BYTES = 4096
-
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
-_COMMON_COUNTERS = {"generation": 1, "backends": 2}
-_HEARTBEAT_WORD = 3
-_SANDBOX_WORD = 7
-_FIRST_COUNTER = 8
+_COMMON_COUNTERS = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
 LOSSES = {
     "rejected": "connections had no backend within the hold window",
     "over_limit": "connections came beyond -max-connections",
@@ -136,7 +139,7 @@ class Handle:
     def counters(self) -> Mapping[str, int]:
         """A copy of the counters page by name. Costs the worker nothing; works when it is stuck."""
         values = {name: self._words[place] for name, place in _COMMON_COUNTERS.items()}
-        for place, name in enumerate(COUNTERS[self.listener.protocol], _FIRST_COUNTER):
+        for place, name in enumerate(COUNTERS[self.listener.protocol], FIRST_COUNTER):
             values[name] = self._words[place]
         return values
 
@@ -156,12 +159,12 @@ class Handle:
     @property
     def alive_at(self) -> float:
         """Its latest sign of life, by time.monotonic(): a turn of its loop, or its birth."""
-        return max(self._words[_HEARTBEAT_WORD] / 1000, self._born_at)
+        return max(self._words[HEARTBEAT_WORD] / 1000, self._born_at)
 
     @property
     def sandbox(self) -> int:
         """The word of sandbox.py: what it gave up; 0 until it has."""
-        return self._words[_SANDBOX_WORD]
+        return self._words[SANDBOX_WORD]
 
     def close(self) -> None:
         self._forget_lent()

@@ -22,9 +22,9 @@ import pytest
 
 import ambassador
 from ambassador import _sandbox, sandbox
-from ambassador._worker import EXIT_UNCONFINED
+from ambassador._worker import COUNTERS_BYTES, EXIT_UNCONFINED
 from ambassador.model import Protocol, Sandbox
-from ambassador.worker import COUNTERS_BYTES, Handle
+from ambassador.worker import Handle
 
 from .conftest import Start as StartWorker
 from .echo import Echo

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 
 from ambassador import sockets
-from ambassador._worker import EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
+from ambassador._worker import COUNTERS_BYTES, EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
 from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
 from ambassador.model import Protocol
 from ambassador.nursery import Nursery
 from ambassador.titles import title_of
-from ambassador.worker import COUNTERS_BYTES
 
 from .conftest import Start as StartWorker
 from .harness import Worker, Yard, bind_free, is_gone, stopped, wait_until

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ambassador.model import Protocol
-from ambassador.worker import COUNTERS, COUNTERS_BYTES
+from ambassador._worker import COUNTERS_BYTES
+from ambassador.worker import COUNTERS
 
 _COMMON = {"generation": 1, "backends": 2}
 _FIRST = 8
