@@ -9,8 +9,8 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 
-from ambassador.model import Protocol
 from ambassador._worker import COUNTERS_BYTES
+from ambassador.model import Protocol
 from ambassador.worker import COUNTERS
 
 _COMMON = {"generation": 1, "backends": 2}
