@@ -11,9 +11,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from bench import _load
+from bench import _load, measure
 
 BUFFER = 4 << 20  # bytes asked for; the kernel clamps it to rmem_max
 Result = dict[str, float]
@@ -35,10 +35,15 @@ def udp_blast(
         return _load.udp_blast(client.fileno(), size, segments, window, seconds)
 
 
-def tcp_exchange(host: str, port: int, *, connections: int, size: int, seconds: float) -> Result:
-    """Ping-pong over TCP."""
+def tcp_exchange(
+    host: str, port: int, *, connections: int, size: int, seconds: float, pids: Sequence[int]
+) -> Result:
+    """Ping-pong over TCP, and the processor time that `pids` and the machine spend on it, not on opening."""
     clients = [_tcp_client(host, port, blocking=connections == 1) for _ in range(connections)]
-    return _load.tcp_exchange([client.fileno() for client in clients], size, seconds)
+    used, busy = measure.cpu_seconds(pids), measure.busy_seconds()
+    result: Result = _load.tcp_exchange([client.fileno() for client in clients], size, seconds)
+    used, busy = measure.cpu_seconds(pids) - used, measure.busy_seconds() - busy
+    return result | {"cpu_seconds": used, "machine_seconds": busy}
 
 
 def tcp_beside_bulk(host: str, port: int, size: int, seconds: float) -> Result:

@@ -96,6 +96,7 @@ class Aim:
     place: Place
     host: str
     port: int
+    pids: Sequence[int] = ()  # of the relay, for loads that measure a part of what they do
 
 
 def run(aim: Aim, command: Sequence[str], limit: float) -> str:
@@ -114,7 +115,7 @@ def run(aim: Aim, command: Sequence[str], limit: float) -> str:
     return done.stdout
 
 
-def agent(aim: Aim, verb: str, seconds: float, **options: float) -> Result:
+def agent(aim: Aim, verb: str, seconds: float, **options: float | list[int]) -> Result:
     """One of our own generators (bench/agent.py)."""
     text = json.dumps({"host": aim.host, "port": aim.port, "seconds": seconds, **options})
     output = run(aim, [sys.executable, "-m", "bench.agent", verb, text], 2 * seconds + 15)
@@ -190,8 +191,11 @@ def udp_bulk(aim: Aim, seconds: float, *, size: int, segments: int) -> Result:
 
 
 def tcp_loop(aim: Aim, seconds: float, *, connections: int, size: int) -> Result:
-    """Ping-pong over TCP."""
-    return _delivered(agent(aim, "tcp_exchange", seconds, connections=connections, size=size))
+    """Ping-pong over TCP. The processor time is that of the exchange: the connections are open by then."""
+    pids = list(aim.pids)
+    return _delivered(
+        agent(aim, "tcp_exchange", seconds, connections=connections, size=size, pids=pids)
+    )
 
 
 def fairness(aim: Aim, seconds: float) -> Result:

@@ -179,11 +179,12 @@ def _sample(job: Job) -> Result:
     row, place, relay = job.row, job.place, job.relay
     assert row.load is not None
     pids = relay.pids if relay else []
-    aim = Aim(place, place.relay_address, relay.routes[0].port) if pids and relay else None
+    aim = Aim(place, place.relay_address, relay.routes[0].port, pids) if pids and relay else None
     aim = aim or Aim(place, place.server_address, row.service.port)
     before, busy = measure.cpu_seconds(pids), measure.busy_seconds()
     result = row.load(aim, job.seconds)
-    used, busy = measure.cpu_seconds(pids) - before, measure.busy_seconds() - busy
+    used = result.pop("cpu_seconds", measure.cpu_seconds(pids) - before)
+    busy = result.pop("machine_seconds", measure.busy_seconds() - busy)
     if result["units"]:
         result["cpu"] = used / result["units"] * row.per
         result["machine"] = busy / result["units"] * row.per
