@@ -9,9 +9,10 @@ import os
 import socket
 import time
 
+import psutil
 import pytest
 
-from tests.docker.engine import DEMO, Stage, wait_for
+from tests.docker.engine import DEMO, Box, Stage, wait_for
 from tests.docker.peers import (
     PATIENCE_S,
     PORT,
@@ -31,6 +32,12 @@ TCP = f"{PORT}/tcp"
 HERE = "127.0.0.1"
 
 
+def held_by(ambassador: Box) -> int:
+    """The descriptors of all its processes."""
+    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
+    return sum(process.num_fds() for process in (parent, *parent.children(recursive=True)))
+
+
 def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     """C5: several targets; one that dies all the time costs the others nothing, and little log."""
     healthy = run_server(stage, "healthy", TCP)
@@ -46,11 +53,13 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
         wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+        before = held_by(ambassador)
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
             answer = caller.ask(b"and you?")
             assert answer is not None
             assert answer.data == b"other and you?"
+    assert held_by(ambassador) <= before + 2, "more than another connection to Docker"
     crashes = crashing.inspect()["RestartCount"] + 1
     for name in (healthy.name, other.name):
         assert lines_with(ambassador, "repointed", name) == []
