@@ -11,15 +11,8 @@ while it has room; one slab at most is kept with nothing in it. Inline functions
 from libc.stdint cimport uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ambassador._linux cimport (
-    MAP_ANONYMOUS,
-    MAP_FAILED,
-    MAP_PRIVATE,
-    PROT_READ,
-    PROT_WRITE,
-    mmap,
-    munmap,
-)
+from ambassador._common cimport pages_map
+from ambassador._linux cimport munmap
 
 cdef enum:
     SLAB_BYTES = 65536
@@ -63,11 +56,9 @@ cdef inline void slab_unlink(slabs_t *slabs, slab_t *slab) noexcept nogil:
 
 cdef inline slab_t *slab_map() noexcept nogil:
     """A slab of zeroes, NULL where there is no memory. mmap(2) aligns to pages: cut one out of two."""
-    cdef char *start = <char *>mmap(
-        NULL, 2 * SLAB_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
-    )
+    cdef char *start = <char *>pages_map(2 * SLAB_BYTES)
     cdef size_t before
-    if start == MAP_FAILED:
+    if start == NULL:
         return NULL
     before = -<uintptr_t>start & (SLAB_BYTES - 1)
     if before:

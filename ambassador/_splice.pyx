@@ -153,8 +153,8 @@ cdef enum:
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
     RETRY_LAST_MS = 100
     ACCEPT_PAUSE_MS = 100  # with no descriptor left, accepting rests this long
-    KEEPALIVE_AFTER_MS = 10000  # short connections need none, and five calls are a third of their cost
-    KEEPALIVE_IDLE_S = 30  # and up to KEEPALIVE_SPREAD_S more, each connection another
+    KEEPALIVE_AFTER_MS = 10000  # short connections need none, and six calls are a third of their cost
+    KEEPALIVE_IDLE_S = 30  # and less than KEEPALIVE_SPREAD_S more, each connection another
     KEEPALIVE_SPREAD_S = 61
     KEEPALIVE_STEP = 23  # has no divisor in common with the spread, so all of it is used, evenly
     KEEPALIVE_INTERVAL_S = 10

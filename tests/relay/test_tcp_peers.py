@@ -194,8 +194,7 @@ def test_keepalive_is_spread_out(start_tcp: Start, peers: Peers) -> None:
     """T9: the kernel fires timers of a minute in batches; thousands of probes at once would get lost."""
     server = peers.server()
     worker = start_tcp(destination(server))
-    count = 30
-    pairs = [peers.pair(worker, server) for _ in range(count)]
+    pairs = [peers.pair(worker, server) for _ in range(30)]
 
     def idle_times() -> Counter[int]:
         return Counter(

@@ -9,12 +9,11 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 
-from ambassador._worker import COUNTERS_BYTES
+from ambassador._worker import BACKENDS_WORD, COUNTERS_BYTES, FIRST_COUNTER, GENERATION_WORD
 from ambassador.model import Protocol
 from ambassador.worker import COUNTERS
 
-_COMMON = {"generation": 1, "backends": 2}
-_FIRST = 8
+_COMMON = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
 
 
 def children(pid: int) -> list[int]:
@@ -66,7 +65,7 @@ class Watched:
 
     def counters(self) -> Mapping[str, int]:
         values = {name: self._words[place] for name, place in _COMMON.items()}
-        for place, name in enumerate(COUNTERS[self.protocol], _FIRST):
+        for place, name in enumerate(COUNTERS[self.protocol], FIRST_COUNTER):
             values[name] = self._words[place]
         return values
 
