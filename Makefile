@@ -18,7 +18,7 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench figures lint image lock audit clean
+.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench calls figures lint image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ mutants: build ## Break it in one place at a time and see the test that must not
 
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3)
 	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)"
+
+calls: build ## Count the system calls of relays for each unit of work, and where their time goes (ROWS= PEERS=)
+	$(BIN)/python -m bench.calls $(if $(ROWS),--rows "$(ROWS)") $(if $(PEERS),--peers "$(PEERS)")
 
 figures: build ## Measure restarts, deaths, memory and first ratios, as docs/performance.md shows them
 	$(BIN)/python scripts/restarts.py

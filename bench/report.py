@@ -14,12 +14,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench import ground
 from bench.peers import PEERS
 from bench.rows import ROWS, Metric, Row
 from bench.run import Cell, Run
 
 OURS = "ambassador"
 OURS_2 = "ambassador-2"
+OTHER = "other"  # another checkout of ours
 BASE = "direct"
 
 
@@ -99,6 +101,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_mib": memory // 1024,
         "kernel": platform.release(),
+        "congestion": ground.congestion(),
         "python": platform.python_version(),
         "load_average_at_end": os.getloadavg(),
         "commit": done.stdout.strip(),
@@ -130,12 +133,18 @@ def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | Non
     found: list[tuple[float, str]] = []
     for name, cell in cells.items():
         value = median(cell, metric.key)
-        if name not in (OURS, OURS_2, BASE) and value is not None and not cell.faults:
+        if name not in (OURS, OURS_2, OTHER, BASE) and value is not None and not cell.faults:
             found.append((value, name))
     if not found:
         return None
     value, name = max(found) if metric.more else min(found)
     return name, value
+
+
+def _place(machine: dict[str, Any]) -> str:
+    text = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}"
+    # Records from before it was asked for are of a machine whose own it was.
+    return f"{text}, TCP {machine['congestion']}" if "congestion" in machine else text
 
 
 def _markdown(run: Run) -> str:
@@ -144,7 +153,7 @@ def _markdown(run: Run) -> str:
     lines = [
         "# Results",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']},"
+        f"{_place(machine)},"
         f" commit {machine['commit']}, {date}; {run.rounds} measured rounds,"
         f" {run.seconds / 60:.0f} minutes. Made by `make bench`; how, and how the figures could mislead,"
         " is in [bench/README.md](../../bench/README.md). Medians; ± is half the range of the samples.",
@@ -307,7 +316,7 @@ def _picture(run: Run) -> str:
         y += tallest + 14
     machine = run.machine
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).date()
-    where = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, {date}"
+    where = f"{_place(machine)}, {date}"
     height = y + _FOOT
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"'
@@ -354,7 +363,7 @@ def _group(panel: _Panel, x: int, y: int, height: int) -> list[str]:
     for index, (name, value) in enumerate(panel.values):
         line = top + index * _BAR
         width = max(1.5, room * min(1.0, value / longest))
-        mine = name in (OURS, OURS_2)
+        mine = name in (OURS, OURS_2, OTHER)
         faint = ' opacity="0.45"' if panel.cells[name].faults else ""
         ink = "b ours" if mine else "ink"
         figure = _short(metric, value) + " \u2192" * (value > longest)

@@ -123,6 +123,7 @@ _LOST = Metric("lost", "lost", more=False, digits=0)
 _MANY = (
     "direct",
     "ambassador",
+    "other",
     "haproxy",
     "nginx",
     "docker-proxy",
@@ -130,8 +131,17 @@ _MANY = (
     "socket-proxyd",
     "traefik",
 )
-_VETH = ("direct", "ambassador", "haproxy", "haproxy-auto", "nginx", "docker-proxy", "envoy")
-_FIRST = ("direct", "ambassador", "haproxy", "haproxy-auto", "nginx")
+_VETH = (
+    "direct",
+    "ambassador",
+    "other",
+    "haproxy",
+    "haproxy-auto",
+    "nginx",
+    "docker-proxy",
+    "envoy",
+)
+_FIRST = ("direct", "ambassador", "other", "haproxy", "haproxy-auto", "nginx")
 FLAT = (10, 9000)
 """Connections: cost per operation from the first to the last of these should be flat."""
 
