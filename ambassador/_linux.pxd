@@ -65,7 +65,7 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
-        AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+        AF_UNSPEC, AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
         SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF
         SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
     ctypedef unsigned short sa_family_t
@@ -136,7 +136,7 @@ cdef extern from "<netinet/in.h>" nogil:
 
 cdef extern from "<netinet/tcp.h>" nogil:
     enum:
-        TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
+        TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_INFO, TCP_CLOSE
 
 cdef extern from "<linux/udp.h>" nogil:
     enum:

@@ -141,7 +141,8 @@ cdef extern from *:
              REFUSED),
         CALL(getsockopt,
              ARGUMENT(1),
-             WHEN(SOL_SOCKET, ARGUMENT(2), WHEN(SO_ERROR, ALLOWED), REFUSED),
+             WHEN(SOL_SOCKET, ARGUMENT(2), ANY_OF_1(SO_ERROR), REFUSED),
+             WHEN(IPPROTO_TCP, ARGUMENT(2), ANY_OF_1(TCP_INFO), REFUSED),
              REFUSED),
         CALL(pipe2,  /* no O_NOTIFICATION_PIPE */
              ARGUMENT(1), WHEN(O_NONBLOCK | O_CLOEXEC, ALLOWED), REFUSED),

@@ -1,0 +1,231 @@
+"""Backend sockets are used again: nothing of one connection is in the next, and nothing is lost for it."""
+
+from __future__ import annotations
+
+import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .conftest import Start
+from .echo import Echo
+from .harness import Worker, check_tcp_counters, wait_until
+from .peers import (
+    Peers,
+    destination,
+    exchange,
+    fill,
+    read_exactly,
+    read_to_end,
+    read_to_reset,
+    reset,
+)
+from .watched import Watched
+
+PARKED_MOST = 64
+MIB = 1 << 20
+
+
+def visit(peers: Peers, worker: Worker, server: socket.socket, first: str, data: bytes) -> None:
+    """One whole connection, `data` each way; the side that ends first half-closes."""
+    client, backend = peers.pair(worker, server)
+    ends = (client, backend) if first == "client" else (backend, client)
+    for one, other in (ends, ends[::-1]):
+        with ThreadPoolExecutor(1) as threads:
+            sending = threads.submit(one.sendall, data)
+            assert read_exactly(other, len(data)) == data
+            sending.result()
+    for one, other in (ends, ends[::-1]):
+        one.shutdown(socket.SHUT_WR)
+        assert read_to_end(other) == b""
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture(params=["client", "backend"])
+def first(request: pytest.FixtureRequest) -> str:
+    """Which side ends first."""
+    return str(request.param)
+
+
+def test_one_socket_serves_one_connection_after_the_other(
+    start_tcp: Start, peers: Peers, first: str
+) -> None:
+    """Whoever ends first: the second connection takes the first one's socket, and a third the second's."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    baseline = len(worker.descriptors())
+    for number in range(20):
+        visit(peers, worker, server, first, b"%4d" % number)
+        worker.wait_for(closed=number + 1, parked=1, reused=number)
+    assert len(worker.descriptors()) == baseline + 1
+    check_tcp_counters(worker)
+
+
+def test_what_one_connection_was_the_next_is_not(start_tcp: Start, peers: Peers) -> None:
+    """Invariants 1 and 2: bulk that was spliced, urgent data, TCP_NODELAY and ends leave no trace."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    visit(peers, worker, server, "client", random.Random(2).randbytes(8 * MIB))
+    assert worker.counter("pipes_open") > 0, "nothing was spliced"
+    worker.wait_for(closed=1, parked=1)
+    client, backend = peers.pair(worker, server)
+    backend.send(b"!", socket.MSG_OOB)
+    backend.sendall(b"after the urgent byte")
+    assert read_exactly(client, 21) == b"after the urgent byte"
+    for end in (client, backend):
+        end.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == read_to_end(backend) == b""
+    worker.wait_for(closed=2, parked=1, reused=1)
+    client, backend = peers.pair(worker, server)
+    exchange(client, backend, 8 * MIB)
+    worker.wait_for(closed=3, reused=2, reset=0)
+    check_tcp_counters(worker)
+
+
+def test_many_at_once(start_tcp: Start, peers: Peers) -> None:
+    """T17, invariants 2 and 4: bursts of more than may be parked; each byte is its own connection's."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    baseline = len(worker.descriptors())
+
+    def talk(number: int) -> None:
+        with socket.create_connection(("127.0.0.1", worker.port), 10) as client:
+            data = number.to_bytes(16, "big") * random.Random(number).randrange(1, 4000)
+            client.sendall(data)
+            assert read_exactly(client, len(data)) == data
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(client) == b""
+
+    with Echo(server, 16) as echo:
+        for burst in range(5):
+            clients = [peers.connect(worker) for _ in range(100)]
+            for client in clients:
+                client.close()
+            with ThreadPoolExecutor(16) as threads:
+                list(threads.map(talk, range(500 * burst, 500 * burst + 500)))
+            worker.wait_for(active=0, accepted=600 * (burst + 1))
+            assert 0 < worker.counter("parked") <= PARKED_MOST
+        assert len(worker.descriptors()) <= baseline + PARKED_MOST
+        assert echo.accepted == 3000
+    assert worker.counter("reused") > 2000, "hardly any socket was used again"
+    worker.wait_for(closed=3000, reset=0, dial_failed=0, held_total=0)
+    worker.wait_for(parked=0)
+    assert len(worker.descriptors()) == baseline, "after a quiet heartbeat none is kept"
+    check_tcp_counters(worker)
+
+
+def test_what_is_not_acknowledged_yet_is_not_given_up(start_tcp: Start, peers: Peers) -> None:
+    """T5: both ends are there, but the backend has not taken all: its socket is left to the kernel."""
+    server = peers.bound()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+    server.listen()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    backend.shutdown(socket.SHUT_WR)
+    assert read_to_end(client) == b""
+    data = random.Random(1).randbytes(200_000)  # more than a window, less than all buffers
+    client.sendall(data)
+    client.close()
+    worker.wait_for(closed=1, active=0, parked=0)
+    again, other = peers.pair(worker, server)
+    again.sendall(b"another")
+    assert read_exactly(other, 7) == b"another"
+    assert worker.counter("reused") == 0
+    assert read_to_end(backend) == data
+
+
+@pytest.mark.parametrize("whose", ["client", "backend"])
+def test_a_reset_is_the_end_of_the_socket(start_tcp: Start, peers: Peers, whose: str) -> None:
+    """T6: only what ended cleanly is used again."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    for count in range(1, 4):
+        client, backend = peers.pair(worker, server)
+        one, other = (client, backend) if whose == "client" else (backend, client)
+        one.sendall(b"x")
+        assert read_exactly(other, 1) == b"x"
+        reset(one)
+        assert read_to_reset(other) == b""
+        worker.wait_for(reset=count, active=0, parked=0, reused=0)
+
+
+def test_a_repoint_takes_none_along(start_tcp: Start, peers: Peers) -> None:
+    """C2: what was parked under the old list is closed with it."""
+    server, other = peers.server(), peers.server("::1")
+    worker = start_tcp(destination(server))
+    baseline = len(worker.descriptors())
+    visit(peers, worker, server, "backend", b"old")
+    worker.wait_for(parked=1)
+    worker.repoint(destination(other, 2))
+    worker.wait_for(parked=0)
+    assert len(worker.descriptors()) == baseline
+    visit(peers, worker, other, "backend", b"new")
+    worker.wait_for(closed=2, reused=0)
+
+
+def test_backends_of_two_families(start_tcp: Start, peers: Peers) -> None:
+    """A socket of the wrong family is not forced on a backend."""
+    servers = [peers.server(), peers.server("::1")]
+    worker = start_tcp(*(destination(server, 1 + n) for n, server in enumerate(servers)))
+    for number in range(10):
+        visit(peers, worker, servers[number % 2], "backend", b"%d" % number)
+        worker.wait_for(closed=number + 1)
+    worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, parked=1)
+
+
+@pytest.fixture
+def narrow(start_tcp: Start, peers: Peers) -> tuple[Worker, socket.socket, int]:
+    """A worker with ten parked sockets, its server, and how many descriptors it may have besides."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    watched = Watched(worker.pid, worker.protocol)
+    first = watched.next_descriptor()
+    pairs = [peers.pair(worker, server) for _ in range(10)]
+    for pair in pairs:
+        for end in pair:
+            end.close()
+    worker.wait_for(parked=10)
+    limit = first + 6  # about three of the clients', which are free, and three that are parked
+    watched.descriptor_limit(limit)
+    return worker, server, limit - sum(fd < limit for fd in worker.descriptors())
+
+
+def test_parked_sockets_make_room(
+    narrow: tuple[Worker, socket.socket, int], peers: Peers
+) -> None:
+    """R1: before descriptors count as gone, what is parked is closed; no client waits for that."""
+    worker, server, free = narrow
+    for number in range(free + 1):
+        client, backend = peers.pair(worker, server)
+        client.sendall(b"%d" % number)
+        assert read_exactly(backend, 1) == b"%d" % number
+    assert worker.counter("no_descriptor") == 0
+    assert worker.counter("reused") == free
+    assert worker.counter("parked") == 0
+
+
+def test_held_clients_get_the_descriptors(
+    narrow: tuple[Worker, socket.socket, int], peers: Peers
+) -> None:
+    """R1: while there is no backend nothing is kept for it."""
+    worker, _, free = narrow
+    worker.repoint()
+    assert worker.counter("parked") == 0
+    clients = [peers.connect(worker) for _ in range(free + 2)]
+    wait_until(lambda: worker.counter("held") == len(clients), "they are not accepted")
+    assert worker.counter("no_descriptor") == 0
+
+
+def test_a_full_backend_keeps_its_bytes(start_tcp: Start, peers: Peers) -> None:
+    """Invariant 1: a connection that is cut while bytes are stuck leaves nothing to the next one."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    sent = fill(client)
+    reset(backend)
+    assert sent > 0
+    worker.wait_for(reset=1, active=0, parked=0)
+    visit(peers, worker, server, "client", b"next")
+    check_tcp_counters(worker)
