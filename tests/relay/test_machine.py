@@ -383,7 +383,9 @@ class Machine(RuleBasedStateMachine):
         sessions = udp.counters()["sessions_active"]
         # They expire after 90 s (test_udp.py has that); until then there is one to a client.
         assert sessions <= len(self.crowd.udp.clients)
-        self.check_descriptors(tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["parked"])
+        self.check_descriptors(
+            tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["parked"]
+        )
         self.check_descriptors(udp, lambda: sessions)
         for worker in (tcp, udp):
             assert len(list(Path(f"/proc/{worker.pid}/task").iterdir())) == 1

@@ -192,9 +192,7 @@ def narrow(start_tcp: Start, peers: Peers) -> tuple[Worker, socket.socket, int]:
     return worker, server, limit - sum(fd < limit for fd in worker.descriptors())
 
 
-def test_parked_sockets_make_room(
-    narrow: tuple[Worker, socket.socket, int], peers: Peers
-) -> None:
+def test_parked_sockets_make_room(narrow: tuple[Worker, socket.socket, int], peers: Peers) -> None:
     """R1: before descriptors count as gone, what is parked is closed; no client waits for that."""
     worker, server, free = narrow
     for number in range(free + 1):
