@@ -85,7 +85,7 @@ def test_what_one_connection_was_the_next_is_not(start_tcp: Start, peers: Peers)
 
 
 def test_many_at_once(start_tcp: Start, peers: Peers) -> None:
-    """T17, invariants 2 and 4: bursts of more than may be parked; each byte is its own connection's."""
+    """Invariants 2 and 4: bursts of more than may be parked; each byte is its own connection's."""
     server = peers.server()
     worker = start_tcp(destination(server))
     baseline = len(worker.descriptors())
@@ -114,6 +114,24 @@ def test_many_at_once(start_tcp: Start, peers: Peers) -> None:
     worker.wait_for(parked=0)
     assert len(worker.descriptors()) == baseline, "after a quiet heartbeat none is kept"
     check_tcp_counters(worker)
+
+
+def test_no_event_of_a_former_life(start_tcp: Start, peers: Peers) -> None:
+    """T17: one wait tells of new clients first, then that a socket has ended which has been parked since."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    backend.close()
+    assert read_to_end(client) == b""
+    with worker.stopped():  # so that the first batch has both, and leaves clients for the second
+        client.close()
+        clients = [peers.connect(worker) for _ in range(12)]
+    backends = [peers.accept(server) for _ in clients]
+    worker.wait_for(accepted=13, closed=1, active=12, dial_failed=0, held_total=0)
+    assert worker.counter("reused") >= 1, "the socket was not used again"
+    for number, end in enumerate(clients):
+        end.sendall(bytes([number]))
+    assert sorted(read_exactly(end, 1) for end in backends) == [bytes([n]) for n in range(12)]
 
 
 def test_what_is_not_acknowledged_yet_is_not_given_up(start_tcp: Start, peers: Peers) -> None:
@@ -159,7 +177,7 @@ def test_a_repoint_takes_none_along(start_tcp: Start, peers: Peers) -> None:
     visit(peers, worker, server, "backend", b"old")
     worker.wait_for(parked=1)
     worker.repoint(destination(other, 2))
-    worker.wait_for(parked=0)
+    assert worker.counter("parked") == 0  # and not only after a quiet heartbeat
     assert len(worker.descriptors()) == baseline
     visit(peers, worker, other, "backend", b"new")
     worker.wait_for(closed=2, reused=0)
