@@ -733,7 +733,7 @@ cdef inline bint park_has_room(relay_t *relay) noexcept nogil:
 
 
 cdef bint backend_rests(connection_t *connection) noexcept nogil:
-    """Whether the backend's socket has ended for good: its own end is acknowledged, so it has nothing to lose.
+    """Whether the backend's socket has ended for good: its own end is acknowledged, nothing can be lost.
 
     On one host that is so at once; from another the last acknowledgement is still on its way.
     """
