@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,9 @@ from bench.rows import ROWS, Row
 
 PORT = 17_900
 SECONDS = 3.0
-SETTLE_S = 0.5  # a port is open before the processes behind it are
+SETTLE_S = (
+    0.5  # a port is open before the processes behind it are, and perf starts before it counts
+)
 SAMPLES_A_SECOND = 4000
 RARE = 0.01  # calls a unit, or a share of the time: what is less is summed up
 CALLS = (
@@ -91,9 +94,8 @@ def _count(row: Row, peer: Peer, seconds: float) -> Counted | None:
             calls = _counts(counter())
             record = Path(name) / "perf.data"
             options = ["-q", "-g", "-F", str(SAMPLES_A_SECOND), "-e", "cpu-clock", "-p", pids]
-            with _perf("record", *options, "-o", str(record)) as recorder:
+            with _perf("record", *options, "-o", str(record)):
                 row.load(aim, seconds)
-            recorder()
             return Counted(_units(row, result), calls, _shares(record))
     except Failed as error:
         print(f"{peer.name}: {error}", file=sys.stderr)
@@ -133,7 +135,7 @@ class _Perf:
         self._text = ""
 
     def end(self) -> None:
-        self._process.send_signal(2)  # SIGINT: perf writes what it has
+        self._process.send_signal(signal.SIGINT)  # perf writes what it has
         self._text = self._process.communicate(timeout=30)[1]
 
     def __call__(self) -> str:
@@ -146,7 +148,7 @@ def _perf(*arguments: str) -> Iterator[_Perf]:
         run = _Perf(["perf", *arguments])
     except FileNotFoundError as error:
         raise Failed("perf is missing: apt-get install linux-perf") from error
-    time.sleep(0.5)  # until it has opened its counters
+    time.sleep(SETTLE_S)
     try:
         yield run
     finally:
