@@ -121,6 +121,7 @@ from ambassador._linux cimport (
     TCP_KEEPIDLE,
     TCP_KEEPINTVL,
     TCP_NODELAY,
+    TCPI_OPT_TIMESTAMPS,
     accept4,
     close,
     connect,
@@ -202,6 +203,7 @@ cdef enum:  # flags of a direction
     ENDED_FORWARDED = 4
     BROKEN = 8  # the destination takes no more: what is left to read the other way, then a reset
     LENT = 16  # its spill is a part of the worker's buffer, until the end of the batch
+    BULK = 32  # it was spliced once: the kernel has given its sockets large buffers
 
 cdef enum:  # what a pump came to
     PUMP_WAIT = 0  # for an event
@@ -535,7 +537,7 @@ cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noe
         direction.streak += 1
         if direction.streak >= FULL_READS:
             direction.streak = 0
-            direction.flags |= SPLICING
+            direction.flags |= SPLICING | BULK
     if got < COPY_BYTES:
         # The queue was emptied (epoll(7)), unless an end is queued behind the bytes.
         if connection.ready[d] & (FINISHED | URGENT) == FINISHED:
@@ -676,8 +678,8 @@ cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept
         if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
             return PUMP_FAILED
     elif d == TO_BACKEND and park_has_room(relay):
-        # Elsewhere the second end needs no call of its own: closing the socket says it. If this one fails,
-        # so does parking, and the socket is closed.
+        # Elsewhere the second end needs no call of its own: closing the socket says it. Where this one fails
+        # the backend has reset its side, which is the end of the socket too.
         shutdown(connection.fd[BACKEND], SHUT_WR)
     direction.flags |= ENDED_FORWARDED
     direction.ended_at = <uint32_t>relay.now
@@ -733,16 +735,24 @@ cdef inline bint park_has_room(relay_t *relay) noexcept nogil:
 
 
 cdef bint backend_rests(connection_t *connection) noexcept nogil:
-    """Whether the backend's socket has ended for good: its own end is acknowledged, nothing can be lost.
+    """Whether the backend's socket has ended for good and is fit to be used again.
 
-    On one host that is so at once; from another the last acknowledgement is still on its way.
+    It has where the kernel owes the backend nothing more: all is acknowledged, or the backend has reset its
+    side. On one host that is known at once; from another the last acknowledgement is still on its way.
+
+    Not fit is one that was bulk: what its buffers have grown to stays (net/ipv4/tcp.c, tcp_disconnect). Nor
+    is one without timestamps: it would go on with its sequence numbers (net/ipv4/tcp_ipv4.c, tcp_v4_connect),
+    which a backend that still has this port in TIME_WAIT can tell from a new connection's by timestamps only.
     """
-    cdef uint8_t state = 0  # tcp_info (linux/tcp.h) begins with it; no more is asked for
-    cdef socklen_t length = sizeof(state)
+    cdef uint8_t info[6]  # tcp_info (linux/tcp.h) begins with the state; the last of these are the options
+    cdef socklen_t length = sizeof(info)
     if connection.ready[BACKEND] & (MUTED | FAILED):
         return False
-    getsockopt(connection.fd[BACKEND], IPPROTO_TCP, TCP_INFO, &state, &length)
-    return state == TCP_CLOSE
+    if (connection.direction[TO_BACKEND].flags | connection.direction[TO_CLIENT].flags) & BULK:
+        return False
+    if getsockopt(connection.fd[BACKEND], IPPROTO_TCP, TCP_INFO, info, &length) < 0:
+        return False
+    return info[0] == TCP_CLOSE and info[5] & TCPI_OPT_TIMESTAMPS
 
 
 cdef connection_t *park_take(relay_t *relay) noexcept nogil:
@@ -916,14 +926,14 @@ cdef bint backend_again(relay_t *relay, connection_t *connection, int family) no
 
 
 cdef int backend_socket(connection_t *connection, int family) noexcept nogil:
-    """A new one, armed; -1 with errno."""
+    """A new one, armed and with Nagle's delay; -1 with errno."""
     cdef linger armed
     cdef int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
     if fd < 0:
         return -1
     armed.l_onoff, armed.l_linger = 1, 0
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
-    connection.fd[BACKEND], connection.family = fd, <uint8_t>family
+    connection.fd[BACKEND], connection.family, connection.sent = fd, <uint8_t>family, 0
     return 0
 
 
@@ -1295,7 +1305,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         ready_turn(relay)
         expire(relay)
         free_closed(relay)
-        if clients:
+        if clients and not relay.accept_at:
             accept_batch(relay)
         if control:
             return REASON_CONTROL

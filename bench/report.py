@@ -31,7 +31,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     run.machine = run.machine or _machine()
     written = {
         "results.json": json.dumps(_record(run), indent=1),
-        "results.md": _markdown(run),
+        "results.md": _markdown(run, folder),
         "results.svg": _picture(run),
     }
     for name, text in written.items():
@@ -53,7 +53,7 @@ def redraw(folder: Path) -> list[Path]:
     )
     for name, cells in record["rows"].items():
         run.cells[name] = {peer: Cell(**cell) for peer, cell in cells.items()}
-    (folder / "results.md").write_text(_markdown(run) + "\n")
+    (folder / "results.md").write_text(_markdown(run, folder) + "\n")
     (folder / "results.svg").write_text(_picture(run) + "\n")
     return [folder / "results.md", folder / "results.svg"]
 
@@ -128,6 +128,17 @@ def _spread(cell: Cell, key: str) -> float:
     return (max(values) - min(values)) / 2 / middle if middle else 0.0
 
 
+def ratio(ours: Cell, other: Cell, key: str) -> float | None:
+    """The median over the rounds that both have of ours / other: what slowed a round slowed both."""
+    others = {sample["round"]: sample[key] for sample in other.samples if sample.get(key)}
+    ratios = [
+        sample[key] / others[sample["round"]]
+        for sample in ours.samples
+        if key in sample and sample["round"] in others
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
 def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | None:
     """The best of those that are neither ours nor the row without a relay, and did not corrupt."""
     found: list[tuple[float, str]] = []
@@ -147,16 +158,18 @@ def _place(machine: dict[str, Any]) -> str:
     return f"{text}, TCP {machine['congestion']}" if "congestion" in machine else text
 
 
-def _markdown(run: Run) -> str:
+def _markdown(run: Run, folder: Path) -> str:
     machine = run.machine
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).date()
+    how = os.path.relpath(Path(__file__).parent / "README.md", folder.resolve())
     lines = [
         "# Results",
         "",
         f"{_place(machine)},"
         f" commit {machine['commit']}, {date}; {run.rounds} measured rounds,"
         f" {run.seconds / 60:.0f} minutes. Made by `make bench`; how, and how the figures could mislead,"
-        " is in [bench/README.md](../../bench/README.md). Medians; ± is half the range of the samples.",
+        f" is in [bench/README.md]({how}). Medians; ± is half the range of the samples, a ratio the median"
+        " of the rounds' own ratios.",
         "",
         "![Relay CPU time per unit of work](results.svg)",
     ]
@@ -180,12 +193,12 @@ def _summary(row: Row, cells: dict[str, Cell]) -> list[str]:
         if ours is None or best is None:
             continue
         direct = median(cells[BASE], metric.key) if BASE in cells and metric.key != "cpu" else None
-        ratio = f"{ours / best[1]:.2f}x" if best[1] else ""
+        against = ratio(cells[OURS], cells[best[0]], metric.key)
         sign = "≥" if metric.more else "≤"
         base = _figure(metric, direct) if direct is not None else ""
         lines.append(
             f"| {row.title} | {metric.unit} ({sign} is better) | {_figure(metric, ours)} |"
-            f" {_figure(metric, best[1])} {best[0]} | {ratio} | {base} |"
+            f" {_figure(metric, best[1])} {best[0]} | {_times(against)} | {base} |"
         )
     return lines
 
@@ -198,7 +211,8 @@ def _workers(run: Run, rows: Sequence[Row]) -> list[str]:
         for metric in row.all_metrics if OURS in cells and OURS_2 in cells else ():
             one, two = median(cells[OURS], metric.key), median(cells[OURS_2], metric.key)
             if one and two:
-                figures = f"{_figure(metric, one)} | {_figure(metric, two)} | {two / one:.2f}x"
+                against = ratio(cells[OURS_2], cells[OURS], metric.key)
+                figures = f"{_figure(metric, one)} | {_figure(metric, two)} | {_times(against)}"
                 lines.append(f"| {row.title} | {metric.unit} | {figures} |")
     if not lines:
         return []
@@ -232,6 +246,10 @@ def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
             f"| {name} | {' | '.join(figures)} | {'; '.join([*cell.faults, *cell.remarks])} |"
         )
     return lines
+
+
+def _times(against: float | None) -> str:
+    return "" if against is None else f"{against:.2f}x"
 
 
 def _figure(metric: Metric, value: float) -> str:
@@ -278,7 +296,7 @@ class _Panel:
     metric: Metric
     values: list[tuple[str, float]]
     cells: dict[str, Cell]
-    best: float | None
+    best: tuple[str, float] | None
 
     @property
     def height(self) -> int:
@@ -300,7 +318,7 @@ def _panels(run: Run) -> list[_Panel]:
             best = best_peer(cells, metric)
             values.sort(key=lambda item: (bool(cells[item[0]].faults), item[1]))
             if values:
-                panels.append(_Panel(row, metric, values, cells, best[1] if best else None))
+                panels.append(_Panel(row, metric, values, cells, best))
     return panels
 
 
@@ -343,11 +361,11 @@ def _group(panel: _Panel, x: int, y: int, height: int) -> list[str]:
         _text(x + 12, y + 39, metric.unit, "s dim"),
         _text(x + _PANEL - 12, y + 39, other.unit, "s dim r"),
     ]
-    ours = dict(panel.values).get(OURS)
-    if ours is not None and panel.best:
-        ratio = ours / panel.best
-        kind = "ahead" if ratio < _GOOD else "behind" if ratio > _LEVEL else "level"
-        words = f"{ratio:.2f}\u00d7 the best peer"
+    ours = panel.cells.get(OURS)
+    against = ratio(ours, panel.cells[panel.best[0]], metric.key) if ours and panel.best else None
+    if against is not None:
+        kind = "ahead" if against < _GOOD else "behind" if against > _LEVEL else "level"
+        words = f"{against:.2f}\u00d7 the best peer"
         parts.append(_text(x + 12 + _LABEL, y + 39, words, f"b {kind}"))
     room = _PANEL - _LABEL - _NUMBERS - 24
     # One peer far behind must not flatten the others: its bar is cut, its figure is not.
@@ -355,7 +373,7 @@ def _group(panel: _Panel, x: int, y: int, height: int) -> list[str]:
     longest = min(max(value for _, value in panel.values), 3 * middle) or 1.0
     left, top = x + 12 + _LABEL, y + _HEAD
     if panel.best:  # first, so that figures stand before it
-        at = left + room * min(1.0, panel.best / longest)
+        at = left + room * min(1.0, panel.best[1] / longest)
         bottom = top + _BAR * len(panel.values)
         parts.append(
             f'<line class="mark" x1="{at:.1f}" y1="{top - 2}" x2="{at:.1f}" y2="{bottom}"/>'

@@ -5,15 +5,12 @@ Fault rows T8, T9, T12, S7.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import re
 import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +20,9 @@ from ambassador import sockets
 from ambassador.control import Destination
 from tests.docker.engine import HostAmbassador
 
+from .borrowed import borrowed, peer_of, sockets_of
 from .conftest import Start
-from .harness import Worker, check_tcp_counters, wait_until
+from .harness import check_tcp_counters, wait_until
 from .namespaces import Namespace, linked
 from .peers import (
     Peers,
@@ -36,8 +34,6 @@ from .peers import (
 )
 
 MIB = 1 << 20
-SYS_PIDFD_GETFD = 438
-SYS_PIDFD_OPEN = 434
 
 
 def private_bytes(pid: int) -> int:
@@ -93,41 +89,6 @@ def test_slow_readers(start_tcp: Start, peers: Peers) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ T9
-
-
-def peer_of(sock: socket.socket) -> tuple[str, int] | None:
-    try:
-        address: tuple[str, int] = sock.getpeername()[:2]
-    except OSError:
-        return None  # it listens
-    return address
-
-
-def sockets_of(worker: Worker) -> Iterator[socket.socket]:
-    """The worker's own sockets, by pidfd_getfd(2); each is closed here when the next is asked for."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pidfd = libc.syscall(SYS_PIDFD_OPEN, worker.pid, 0)
-    try:
-        for number, what in worker.descriptors().items():
-            if not what.startswith("socket:"):
-                continue
-            fd = libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
-            if fd < 0:
-                raise OSError(ctypes.get_errno(), "pidfd_getfd")
-            with socket.socket(fileno=fd) as sock:
-                yield sock
-    finally:
-        os.close(pidfd)
-
-
-@contextlib.contextmanager
-def borrowed(worker: Worker, peer: tuple[str, int]) -> Iterator[socket.socket]:
-    """The worker's own socket that is connected to `peer`."""
-    for sock in sockets_of(worker):
-        if peer_of(sock) == peer:
-            yield sock
-            return
-    pytest.fail(f"the worker has no socket to {peer}")
 
 
 def in_namespace(peers: Peers, namespace: Namespace) -> socket.socket:

@@ -1,0 +1,1 @@
+"""The benchmark: that it runs, and that what it says follows from its samples."""

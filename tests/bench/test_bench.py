@@ -1,0 +1,108 @@
+"""`make bench` works, and its tables say of samples what they should. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import calls, report
+from bench.processes import Failed
+from bench.rows import Metric
+from bench.run import Cell, _check
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cell(*values: float, faults: tuple[str, ...] = ()) -> Cell:
+    samples = [{"round": number, "rate": value} for number, value in enumerate(values, 1)]
+    return Cell(samples, list(faults))
+
+
+def test_a_run_writes_a_record_a_table_and_a_picture(tmp_path: Path) -> None:
+    command = "-m bench --no-install --rows udp64 --peers direct,ambassador --rounds 2 --scale 0.3"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--output", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "results.json").read_text())
+    for name in ("direct", "ambassador"):
+        cell = record["rows"]["udp64"][name]
+        assert not cell["faults"] and not cell["remarks"]
+        assert [sample["round"] for sample in cell["samples"]] == [1, 2]  # 0 is thrown away
+        assert all(sample["units"] > 0 for sample in cell["samples"])
+    assert all(sample["cpu"] > 0 for sample in record["rows"]["udp64"]["ambassador"]["samples"])
+    assert {"cpu", "kernel", "congestion", "commit"} <= record["machine"].keys()
+    assert "| ambassador |" in (tmp_path / "results.md").read_text()
+    ElementTree.parse(tmp_path / "results.svg")
+    progress = done.stderr.splitlines()
+    assert sum("ambassador " in line for line in progress) == 3
+
+
+def test_an_unknown_row_is_said(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--no-install", "--rows", "udp65"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no such row or peer: udp65" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_ratio_is_of_samples_of_the_same_round() -> None:
+    ours, slowed = cell(10.0, 5.0, 20.0), cell(5.0, 2.5, 20.0)
+    assert report.ratio(ours, slowed, "rate") == 2.0
+    late = cell(1.0, 1.0)
+    late.samples = [{"round": 3, "rate": 40.0}, {"round": 2}]
+    assert report.ratio(ours, late, "rate") == 0.5
+    assert report.ratio(ours, cell(), "rate") is None
+
+
+@pytest.mark.parametrize(("more", "best"), [(True, "nginx"), (False, "socat")])
+def test_the_best_peer_is_nobody_of_ours_and_without_fault(*, more: bool, best: str) -> None:
+    cells = {
+        "direct": cell(900.0, 1.0, 1.0),
+        "ambassador": cell(800.0),
+        "ambassador-2": cell(0.5),
+        "nginx": cell(20.0, 30.0, 31.0),
+        "socat": cell(10.0, 1000.0, 10.0),
+        "envoy": cell(2000.0, faults=("corrupts datagrams",)),
+        "traefik": cell(0.1, faults=("delivers twice",)),
+        "haproxy": cell(),
+    }
+    assert (found := report.best_peer(cells, Metric("rate", "k/s", more=more)))
+    assert found[0] == best
+
+
+def test_corruption_is_a_fault_with_its_number() -> None:
+    found = cell()
+    _check(found, {"units": 100.0, "corrupt": 3.0, "wrong": 0.0})
+    _check(found, {"units": 100.0, "corrupt": 4.0})
+    assert found.faults == ["corrupts datagrams (3 of 100)"]
+
+
+def test_calls_are_read_and_what_is_not_named_is_summed_up() -> None:
+    text = (
+        "# started\n"
+        "1000;;raw_syscalls:sys_enter;1;100.00;;\n"
+        "600;;syscalls:sys_enter_sendto;1;100.00;;\n"
+        "300;;syscalls:sys_enter_epoll_wait;1;100.00;;\n"
+        "<not counted>;;syscalls:sys_enter_close;0;100.00;;\n"
+    )
+    counted = calls._counts(text)
+    assert counted["sendto"] == 600 and counted["others"] == 100 and "close" not in counted
+    lines = calls._lines({"ambassador": calls.Counted(300.0, counted, {"sendto": 0.5})})
+    assert lines[2:] == [
+        "| sendto | 2.00 (50%) |",
+        "| epoll_wait | 1.00 |",
+        "| others | 0.33 |",
+        "| all | 3.33 |",
+    ]
+
+
+def test_perf_that_counts_nothing_is_a_failure() -> None:
+    with pytest.raises(Failed, match="no permission"):
+        calls._counts("no permission to enable syscalls")
