@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import ground
+from bench.compare import BASE, OTHER, OURS, OURS_2, best_peer, median, ratio, spread
+from bench.goals import GOALS
 from bench.peers import PEERS
 from bench.rows import ROWS, Metric, Row
 from bench.run import Cell, Run
-
-OURS = "ambassador"
-OURS_2 = "ambassador-2"
-OTHER = "other"  # another checkout of ours
-BASE = "direct"
 
 
 def write(run: Run, folder: Path) -> list[Path]:
@@ -115,43 +112,6 @@ def _lines(path: str) -> list[str]:
 # ------------------------------------------------------------------------------------------- table
 
 
-def median(cell: Cell, key: str) -> float | None:
-    """Of one figure's samples; None where there is none."""
-    values = [sample[key] for sample in cell.samples if key in sample]
-    return statistics.median(values) if values else None
-
-
-def _spread(cell: Cell, key: str) -> float:
-    """Half the range of the samples, as a part of the median."""
-    values = [sample[key] for sample in cell.samples if key in sample]
-    middle = statistics.median(values)
-    return (max(values) - min(values)) / 2 / middle if middle else 0.0
-
-
-def ratio(ours: Cell, other: Cell, key: str) -> float | None:
-    """The median over the rounds that both have of ours / other: what slowed a round slowed both."""
-    others = {sample["round"]: sample[key] for sample in other.samples if sample.get(key)}
-    ratios = [
-        sample[key] / others[sample["round"]]
-        for sample in ours.samples
-        if key in sample and sample["round"] in others
-    ]
-    return statistics.median(ratios) if ratios else None
-
-
-def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | None:
-    """The best of those that are neither ours nor the row without a relay, and did not corrupt."""
-    found: list[tuple[float, str]] = []
-    for name, cell in cells.items():
-        value = median(cell, metric.key)
-        if name not in (OURS, OURS_2, OTHER, BASE) and value is not None and not cell.faults:
-            found.append((value, name))
-    if not found:
-        return None
-    value, name = max(found) if metric.more else min(found)
-    return name, value
-
-
 def _place(machine: dict[str, Any]) -> str:
     text = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}"
     # Records from before it was asked for are of a machine whose own it was.
@@ -174,6 +134,7 @@ def _markdown(run: Run, folder: Path) -> str:
         "![Relay CPU time per unit of work](results.svg)",
     ]
     rows = [row for row in run.rows if row.name in run.cells]
+    lines += _goals(run)
     lines += ["", "## Against the best peer", ""]
     lines.append("| row | figure | ambassador | best peer | ratio | direct |")
     lines.append("|---|---|---:|---:|---:|---:|")
@@ -183,6 +144,21 @@ def _markdown(run: Run, folder: Path) -> str:
     for row in rows:
         lines += ["", f"## {row.title}", "", *_table(row, run.cells[row.name])]
     return "\n".join(lines)
+
+
+def _goals(run: Run) -> list[str]:
+    lines = []
+    for goal in GOALS:
+        reached = goal.reached(run.cells)
+        if reached is not None:
+            aim = f"{'≥' if goal.more else '≤'} {goal.aim:g}{goal.unit}"
+            figures = f"{aim} | {reached:,.{goal.digits}f}{goal.unit}"
+            held = "yes" if goal.holds(reached) else "**no**"
+            lines.append(f"| {ROWS[goal.row].title} | {goal.words} | {figures} | {held} |")
+    if not lines:
+        return []
+    head = ["", "## What is aimed at", ""]
+    return [*head, "| row | figure | aim | reached | holds |", "|---|---|---:|---:|---|", *lines]
 
 
 def _summary(row: Row, cells: dict[str, Cell]) -> list[str]:
@@ -237,9 +213,7 @@ def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
             elif value is None:
                 figures.append("")
             elif len(cell.samples) > 1 and value:
-                figures.append(
-                    f"{_figure(metric, value)} ± {100 * _spread(cell, metric.key):.0f} %"
-                )
+                figures.append(f"{_figure(metric, value)} ± {100 * spread(cell, metric.key):.0f} %")
             else:
                 figures.append(_figure(metric, value))
         lines.append(

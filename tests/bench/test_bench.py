@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import calls, report
+from bench import calls, compare
+from bench.goals import GOALS
 from bench.processes import Failed
 from bench.rows import Metric
 from bench.run import Cell, _check
@@ -54,11 +55,11 @@ def test_an_unknown_row_is_said(tmp_path: Path) -> None:
 
 def test_a_ratio_is_of_samples_of_the_same_round() -> None:
     ours, slowed = cell(10.0, 5.0, 20.0), cell(5.0, 2.5, 20.0)
-    assert report.ratio(ours, slowed, "rate") == 2.0
+    assert compare.ratio(ours, slowed, "rate") == 2.0
     late = cell(1.0, 1.0)
     late.samples = [{"round": 3, "rate": 40.0}, {"round": 2}]
-    assert report.ratio(ours, late, "rate") == 0.5
-    assert report.ratio(ours, cell(), "rate") is None
+    assert compare.ratio(ours, late, "rate") == 0.5
+    assert compare.ratio(ours, cell(), "rate") is None
 
 
 @pytest.mark.parametrize(("more", "best"), [(True, "nginx"), (False, "socat")])
@@ -73,8 +74,19 @@ def test_the_best_peer_is_nobody_of_ours_and_without_fault(*, more: bool, best: 
         "traefik": cell(0.1, faults=("delivers twice",)),
         "haproxy": cell(),
     }
-    assert (found := report.best_peer(cells, Metric("rate", "k/s", more=more)))
+    assert (found := compare.best_peer(cells, Metric("rate", "k/s", more=more)))
     assert found[0] == best
+
+
+def test_a_goal_is_measured_against_the_best_peer_of_its_figure() -> None:
+    def of(rate: float, cpu: float) -> Cell:
+        return Cell([{"round": number, "rate": rate, "cpu": cpu} for number in (1, 2, 3)])
+
+    cells = {"udp64": {"ambassador": of(80.0, 2.0), "nginx": of(50.0, 9.0), "socat": of(20.0, 4.0)}}
+    rate, cpu = (goal for goal in GOALS if goal.row == "udp64")
+    assert rate.reached(cells) == 1.6 and rate.holds(1.6) and not rate.holds(1.59)
+    assert cpu.reached(cells) == 0.5 and cpu.holds(0.404) and not cpu.holds(0.5)
+    assert {goal.row for goal in GOALS if goal.reached(cells) is not None} == {"udp64"}
 
 
 def test_corruption_is_a_fault_with_its_number() -> None:
