@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import signal
 import sys
@@ -29,6 +30,12 @@ def main() -> int:
     if not (options.no_install or options.redraw or ground.inside()):
         build()
         install()
+    if options.core is not None:
+        try:
+            os.sched_setaffinity(0, {options.core})  # which everything that is started inherits
+        except OSError:
+            print(f"no core {options.core} here", file=sys.stderr)
+            return 2
     if not options.redraw:
         ground.stand(options.congestion)
     # After the build: these import the load generator.
@@ -80,6 +87,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-install", action="store_true", help="use what is installed and built")
     parser.add_argument(
         "--congestion", default=ground.CONGESTION, help="the TCP congestion control (cubic)"
+    )
+    parser.add_argument(
+        "--core", type=int, help="keep everything on this core: no other figures differ so little"
     )
     parser.add_argument(
         "--redraw", action="store_true", help="table and picture of the last record"

@@ -56,10 +56,17 @@ def cpu_seconds(roots: Iterable[int]) -> float:
 
 
 def busy_seconds() -> float:
-    """Time that all cores together have worked so far: for the relay, the load tools, the kernel itself."""
-    fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
-    user, nice, system, _idle, _wait, irq, soft = (int(field) for field in fields[:7])
-    return (user + nice + system + irq + soft) * TICK
+    """Time that all cores together, of those that we may use, have worked so far: for the relay, the load
+    tools, the kernel itself.
+    """
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in ours:
+            user, nice, system, _idle, _wait, irq, soft = (int(field) for field in fields[:7])
+            ticks += user + nice + system + irq + soft
+    return ticks * TICK
 
 
 def switches(roots: Iterable[int]) -> int:

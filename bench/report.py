@@ -96,6 +96,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "used_cores": len(os.sched_getaffinity(0)),
         "memory_mib": memory // 1024,
         "kernel": platform.release(),
         "congestion": ground.congestion(),
@@ -113,7 +114,9 @@ def _lines(path: str) -> list[str]:
 
 
 def _place(machine: dict[str, Any]) -> str:
-    text = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}"
+    cores, used = machine["cores"], machine.get("used_cores", machine["cores"])
+    of = f"{used} of {cores} cores" if used != cores else f"{cores} cores"
+    text = f"{machine['cpu']}, {of}, Linux {machine['kernel']}"
     # Records from before it was asked for are of a machine whose own it was.
     return f"{text}, TCP {machine['congestion']}" if "congestion" in machine else text
 
