@@ -8,7 +8,10 @@ from bench.rows import Metric
 from bench.run import Cell
 
 OURS = "ambassador"
-OURS_2 = "ambassador-2"
+VARIANTS = {
+    "ambassador-2": "-workers 2",
+    "ambassador-bare": "-sandbox off",
+}  # ours, with these flags
 OTHER = "other"  # another checkout of ours
 BASE = "direct"
 
@@ -42,7 +45,7 @@ def best_peer(cells: dict[str, Cell], metric: Metric) -> tuple[str, float] | Non
     found: list[tuple[float, str]] = []
     for name, cell in cells.items():
         value = median(cell, metric.key)
-        if name not in (OURS, OURS_2, OTHER, BASE) and value is not None and not cell.faults:
+        if name not in (OURS, OTHER, BASE, *VARIANTS) and value is not None and not cell.faults:
             found.append((value, name))
     if not found:
         return None

@@ -86,7 +86,7 @@ GOALS = (
     *_all("udpping", p50=1.02),
     *_all("udpbulk", gbits=3.0),
     _itself("idle", "user", "user memory a connection, bytes", 300),
-    _itself("idle", "switches", "wake-ups in 2 s", 1),  # the heartbeat
+    _itself("idle", "switches", "wake-ups in 2 s, the worker's heartbeats", 2),
     _against("start100", "docker-proxy", "pss", "PSS, of docker-proxy's", 1.0),
     _flat(1.15),
 )

@@ -127,12 +127,17 @@ def _direct(place: Place, routes: Sequence[Route], directory: Path) -> list[Prog
 
 
 def _ambassador(
-    place: Place, routes: Sequence[Route], directory: Path, *, workers: int = 1, root: Path = ROOT
+    place: Place,
+    routes: Sequence[Route],
+    directory: Path,
+    *,
+    options: Sequence[str] = (),
+    root: Path = ROOT,
 ) -> list[Program]:
     arguments = [f"{route.port}/{route.protocol}={route.host}:{route.to}" for route in routes]
     # -P: what the folder we stand in holds is not what is asked for.
     command = [*place.relay, sys.executable, "-P", "-m", "ambassador", "relay"]
-    command += ["-workers", str(workers), *arguments]
+    command += [*options, *arguments]
     return [Program(command, directory / "log", {**os.environ, "PYTHONPATH": str(root)})]
 
 
@@ -399,8 +404,13 @@ PEERS = {
             changing=Changing(_ambassador_changing, _ambassador_change),
         ),
         Peer(
-            "ambassador-2", _BOTH, (sys.executable,), (), partial(_ambassador, workers=2),
+            "ambassador-2", _BOTH, (sys.executable,), (), partial(_ambassador, options=("-workers", "2")),
             "-workers 2; no peer to itself", rows=frozenset({"redis1", "http", "udp64"}),
+        ),
+        Peer(
+            "ambassador-bare", _BOTH, (sys.executable,), (),
+            partial(_ambassador, options=("-sandbox", "off")), "-sandbox off; no peer to itself",
+            rows=frozenset({"redis1", "ping64", "http", "udp64", "udpping"}),
         ),
         Peer(
             "haproxy", _TCP, ("/usr/sbin/haproxy",), ("/usr/sbin/haproxy", "-v"), _haproxy,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ground
-from bench.compare import BASE, OTHER, OURS, OURS_2, best_peer, median, ratio, spread
+from bench.compare import BASE, OTHER, OURS, VARIANTS, best_peer, median, ratio, spread
 from bench.goals import GOALS
 from bench.peers import PEERS
 from bench.rows import ROWS, Metric, Row
@@ -143,7 +143,8 @@ def _markdown(run: Run, folder: Path) -> str:
     lines.append("|---|---|---:|---:|---:|---:|")
     for row in rows:
         lines += _summary(row, run.cells[row.name])
-    lines += _workers(run, rows)
+    for variant in VARIANTS:
+        lines += _variant(run, rows, variant)
     for row in rows:
         lines += ["", f"## {row.title}", "", *_table(row, run.cells[row.name])]
     return "\n".join(lines)
@@ -182,21 +183,29 @@ def _summary(row: Row, cells: dict[str, Cell]) -> list[str]:
     return lines
 
 
-def _workers(run: Run, rows: Sequence[Row]) -> list[str]:
-    """One worker against two, where both were measured."""
+def _variant(run: Run, rows: Sequence[Row], variant: str) -> list[str]:
+    """Ours beside ours with other flags, where both were measured."""
     lines = []
     for row in rows:
         cells = run.cells[row.name]
-        for metric in row.all_metrics if OURS in cells and OURS_2 in cells else ():
-            one, two = median(cells[OURS], metric.key), median(cells[OURS_2], metric.key)
-            if one and two:
-                against = ratio(cells[OURS_2], cells[OURS], metric.key)
-                figures = f"{_figure(metric, one)} | {_figure(metric, two)} | {_times(against)}"
+        for metric in row.all_metrics if OURS in cells and variant in cells else ():
+            plain, varied = median(cells[OURS], metric.key), median(cells[variant], metric.key)
+            if plain and varied:
+                against = ratio(cells[variant], cells[OURS], metric.key)
+                figures = (
+                    f"{_figure(metric, plain)} | {_figure(metric, varied)} | {_times(against)}"
+                )
                 lines.append(f"| {row.title} | {metric.unit} | {figures} |")
     if not lines:
         return []
-    head = ["", "## One worker and two (`-workers 2`)", ""]
-    return [*head, "| row | figure | 1 | 2 | ratio |", "|---|---|---:|---:|---:|", *lines]
+    flags = VARIANTS[variant]
+    head = ["", f"## The ambassador with `{flags}`", ""]
+    return [
+        *head,
+        f"| row | figure | without | `{flags}` | ratio |",
+        "|---|---|---:|---:|---:|",
+        *lines,
+    ]
 
 
 def _table(row: Row, cells: dict[str, Cell]) -> list[str]:
@@ -358,7 +367,7 @@ def _group(panel: _Panel, x: int, y: int, height: int) -> list[str]:
     for index, (name, value) in enumerate(panel.values):
         line = top + index * _BAR
         width = max(1.5, room * min(1.0, value / longest))
-        mine = name in (OURS, OURS_2, OTHER)
+        mine = name in (OURS, OTHER, *VARIANTS)
         faint = ' opacity="0.45"' if panel.cells[name].faults else ""
         ink = "b ours" if mine else "ink"
         figure = _short(metric, value) + " \u2192" * (value > longest)

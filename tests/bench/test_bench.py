@@ -68,6 +68,7 @@ def test_the_best_peer_is_nobody_of_ours_and_without_fault(*, more: bool, best: 
         "direct": cell(900.0, 1.0, 1.0),
         "ambassador": cell(800.0),
         "ambassador-2": cell(0.5),
+        "ambassador-bare": cell(0.4),
         "nginx": cell(20.0, 30.0, 31.0),
         "socat": cell(10.0, 1000.0, 10.0),
         "envoy": cell(2000.0, faults=("corrupts datagrams",)),

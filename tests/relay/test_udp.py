@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from .datagrams import (
 from .echo import Echo
 from .harness import Worker, check_udp_counters, wait_until
 from .peers import Peers, destination
-from .strace import injected, injections
+from .strace import injected, injections, traced
 
 LARGEST = 65_507
 
@@ -68,6 +69,30 @@ def test_zero_length_among_others(start_udp: Start, peers: Peers, gso: bool) -> 
             for data in batch:
                 sender.sendto(data, at)
         assert receive(receiver, len(batch)) == batch
+    check_udp_counters(worker)
+
+
+def test_one_at_a_time_and_then_many(start_udp: Start, peers: Peers) -> None:
+    """U1: a read for each datagram that comes alone, none that finds nothing; then a burst, whole."""
+    server, client = peers.udp(), peers.udp()
+    worker = start_udp(destination(server))
+    to = ("127.0.0.1", worker.port)
+    for _ in range(10):
+        session = talk(client, to, server)
+    calls: list[str] = []
+    with traced(worker.pid, calls):
+        for _ in range(5):
+            talk(client, to, server)
+    reads = [call for call in calls if call.startswith("recvmmsg")]
+    assert len(reads) == 10 and all(
+        re.search(r"\], 1, MSG_DONTWAIT, .*= 1$", call) for call in reads
+    )
+    burst = [datagram(0, number, 100) for number in range(100)]
+    for sender, at, receiver in ((client, to, server), (server, session, client)):
+        with worker.stopped():
+            for data in burst:
+                sender.sendto(data, at)
+        assert receive(receiver, len(burst)) == burst
     check_udp_counters(worker)
 
 
