@@ -51,7 +51,7 @@ mutants: build ## Break it in one place at a time and see the test that must not
 	$(BIN)/python scripts/mutants.py $(WORDS)
 
 bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3 CORE=0)
-	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)" $(if $(CORE),--core $(CORE))
+	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)" $(if $(CORE),--core $(CORE) --output docs/performance/one-core)
 
 calls: build ## Count the system calls of relays for each unit of work, and where their time goes (ROWS= PEERS=)
 	$(BIN)/python -m bench.calls $(if $(ROWS),--rows "$(ROWS)") $(if $(PEERS),--peers "$(PEERS)")

@@ -137,7 +137,7 @@ cdef enum:
     RUN_BYTES = 65000  # of one UDP_SEGMENT message: under 65,535 with any header
     RUN_SEGMENTS = 64  # UDP_MAX_SEGMENTS of kernels before 6.10
     EVENT_BATCH = 256
-    SINGLE_READS = 4  # in a row that gave one message, and no second is asked for
+    SINGLE_READS = 4  # in a row that found one message, and no second is asked for
     QUEUE_DATAGRAMS = 64  # of one session while held
     QUEUE_MS = 5000  # older ones are of no use to anybody
     QUEUE_BYTES = 8 << 20  # of all sessions together
@@ -218,7 +218,7 @@ cdef struct key_t:  # what tells two sessions apart; no padding, so that memcmp 
 
 cdef struct reads_t:  # how a socket has been read
     uint32_t turn  # of the loop, the last time
-    uint8_t single  # in a row that gave one message, SINGLE_READS at most
+    uint8_t single  # in a row that asked for more and found one message; SINGLE_READS at most
 
 cdef struct queued_t:
     queued_t *next
@@ -281,6 +281,7 @@ cdef struct relay_t:
     int control
     reads_t reads  # of the listener
     uint32_t turn
+    bint crowded  # more sockets may be ready than this turn was told of
     uint32_t seat
     uint32_t seats
     uint32_t hold_ms
@@ -444,7 +445,7 @@ cdef void outbox_split(relay_t *relay, int fd, uint32_t place, int d) noexcept n
 
 
 cdef inline int outbox_send(outbox_t *box, int fd, uint32_t place, int d) noexcept nogil:
-    """Messages from `place` on, as sendmmsg(2) answers. Of one alone the kernel need not copy a header."""
+    """Messages from `place` on, as sendmmsg(2) answers. A lone datagram to a backend needs no header."""
     if place + 1 < box.count or d == TO_CLIENT or box.segments[place] > 1:
         return sendmmsg(fd, &box.messages[place], box.count - place, MSG_DONTWAIT)
     if send(fd, box.messages[place].msg_hdr.msg_iov.iov_base, box.bytes[place], MSG_DONTWAIT) < 0:
@@ -506,14 +507,16 @@ cdef int inbox_receive(relay_t *relay, int fd, reads_t *reads) noexcept nogil:
     """Receive behind what is in use. How many messages came (0 for none, or an error of the past).
 
     To ask for a message that is not there costs 0.2 us. So where they come one at a time no second is asked
-    for; if there is one, epoll tells so in the very next turn, which takes all.
+    for. If there is one, epoll tells so in the very next turn, which takes all, and those after it too: so
+    only where that turn is sure to have room for this socket.
     """
     cdef inbox_t *box = relay.inbox
     cdef uint32_t most = BATCH - relay.inbox_used
+    cdef bint again = reads.turn + 1 == relay.turn
     cdef int got
     inbox_arm(box, box.spent)
     box.spent = 0
-    if reads.single == SINGLE_READS and reads.turn + 1 != relay.turn:
+    if reads.single == SINGLE_READS and not (again or relay.crowded or relay.draining):
         most = 1
     reads.turn = relay.turn
     while True:
@@ -525,7 +528,10 @@ cdef int inbox_receive(relay_t *relay, int fd, reads_t *reads) noexcept nogil:
     if got <= 0:
         return 0
     box.spent = relay.inbox_used + got
-    reads.single = min(reads.single + 1, SINGLE_READS) if got == 1 else 0
+    if got > 1 or (again and reads.single == SINGLE_READS):
+        reads.single = 0
+    elif most > 1:
+        reads.single = min(reads.single + 1, SINGLE_READS)
     return got
 
 
@@ -1019,6 +1025,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         relay.counters[COUNTER_HEARTBEAT] = relay.now
         clients = False
         relay.turn += 1
+        relay.crowded = count == EVENT_BATCH
         buffers_trim(relay, count)
         for i in range(max(count, 0)):
             if events[i].data.u64 == EVENT_LISTENER:

@@ -33,7 +33,7 @@ def main() -> int:
     if options.core is not None:
         try:
             os.sched_setaffinity(0, {options.core})  # which everything that is started inherits
-        except OSError:
+        except (OSError, ValueError):
             print(f"no core {options.core} here", file=sys.stderr)
             return 2
     if not options.redraw:

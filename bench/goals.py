@@ -37,7 +37,9 @@ def _against_best(row: str, key: str, aim: float) -> Goal:
     def reached(cells: Cells) -> float | None:
         here = cells.get(row, {})
         best = best_peer(here, metric)
-        return ratio(here[OURS], here[best[0]], key) if best and OURS in here else None
+        if best is None or OURS not in here or here[OURS].faults:
+            return None
+        return ratio(here[OURS], here[best[0]], key)
 
     return Goal(row, f"{metric.unit}, of the best peer's", aim, metric.more, reached)
 
@@ -63,7 +65,9 @@ def _flat(aim: float) -> Goal:
     def reached(cells: Cells) -> float | None:
         if not all(OURS in cells.get(row, {}) for row in (few, many)):
             return None
-        return ratio(cells[many][OURS], cells[few][OURS], "cpu")
+        # Not ratio(): the rounds of two rows are minutes apart.
+        first, last = (median(cells[row][OURS], "cpu") for row in (few, many))
+        return last / first if first and last else None
 
     return Goal(many, f"CPU an operation, of that with {FLAT[0]}", aim, more=False, reached=reached)
 

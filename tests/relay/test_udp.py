@@ -73,7 +73,7 @@ def test_zero_length_among_others(start_udp: Start, peers: Peers, gso: bool) -> 
 
 
 def test_one_at_a_time_and_then_many(start_udp: Start, peers: Peers) -> None:
-    """U1: a read for each datagram that comes alone, none that finds nothing; then a burst, whole."""
+    """U8: a read for each datagram that comes alone, none that finds nothing; then a burst in few reads."""
     server, client = peers.udp(), peers.udp()
     worker = start_udp(destination(server))
     to = ("127.0.0.1", worker.port)
@@ -89,10 +89,13 @@ def test_one_at_a_time_and_then_many(start_udp: Start, peers: Peers) -> None:
     )
     burst = [datagram(0, number, 100) for number in range(100)]
     for sender, at, receiver in ((client, to, server), (server, session, client)):
-        with worker.stopped():
-            for data in burst:
-                sender.sendto(data, at)
-        assert receive(receiver, len(burst)) == burst
+        with traced(worker.pid, calls := []):
+            with worker.stopped():
+                for data in burst:
+                    sender.sendto(data, at)
+            assert receive(receiver, len(burst)) == burst
+        reads = [call for call in calls if call.startswith("recvmmsg")]
+        assert len(reads) <= 2 + 100 / 32, "not read in batches"
     check_udp_counters(worker)
 
 
@@ -459,11 +462,31 @@ def test_sends_that_fail_are_counted(start_udp: Start, peers: Peers, way: str, e
     sender, at, receiver = (client, to, server) if way == "backend" else (server, session, client)
     sent = [datagram(7, number, 200) for number in range(10)]
     with injected(worker.pid, f"sendmmsg:error={error}:when=1..3+1") as log:
-        for data in sent:
-            sender.sendto(data, at)
+        with worker.stopped():  # one that comes alone goes by another call
+            for data in sent:
+                sender.sendto(data, at)
         assert receive(receiver, 7) == sent[3:]
         assert injections(log, "sendmmsg") == 3
     worker.wait_for(**{f"dropped_send_to_{way}": 3})
+    check_udp_counters(worker)
+
+
+@pytest.mark.parametrize("error", ["ENOBUFS", "EPERM", "EMSGSIZE", "ECONNREFUSED", "EINTR"])
+def test_lone_sends_that_fail(start_udp: Start, peers: Peers, error: str) -> None:
+    """U9, U10: as above, for a datagram that comes alone. What belongs to the past is tried again."""
+    server, client = peers.udp(), peers.udp()
+    worker = start_udp(destination(server))
+    to = ("127.0.0.1", worker.port)
+    talk(client, to, server)
+    again = error in ("EMSGSIZE", "ECONNREFUSED", "EINTR")
+    sent = [datagram(7, number, 200) for number in range(6)]
+    with injected(worker.pid, f"sendto:error={error}:when=1+2") as log:
+        for number, data in enumerate(sent, 2):
+            client.sendto(data, to)
+            worker.wait_for(received_from_client=number)
+        assert receive(server, 6 if again else 3) == (sent if again else sent[1::2])
+        assert injections(log, "sendto") >= 3
+    worker.wait_for(dropped_send_to_backend=0 if again else 3)
     check_udp_counters(worker)
 
 
