@@ -5,7 +5,8 @@ Theory of operation
 A *session* is one UDP client's entry: the address it writes from, the address it wrote to, and a backend
 socket that is connected, so that the kernel ties replies and ICMP errors to the client. Clients write to
 the listener, which is read in batches (recvmmsg). A batch is grouped by session, keeping each session's
-order, and each session's share leaves in one sendmmsg on its backend socket. Replies of all sessions of a
+order, and each session's share leaves in one sendmmsg on its backend socket (send, if it is a datagram
+alone). Replies of all sessions of a
 turn leave together, in one sendmmsg on the listener.
 
 Runs of datagrams of equal size to one session leave as *one* message with UDP_SEGMENT over an iovec, and

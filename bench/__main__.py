@@ -89,7 +89,7 @@ def _options() -> argparse.Namespace:
         "--congestion", default=ground.CONGESTION, help="the TCP congestion control (cubic)"
     )
     parser.add_argument(
-        "--core", type=int, help="keep everything on this core: no other figures differ so little"
+        "--core", type=int, help="keep everything on this core, where samples differ least"
     )
     parser.add_argument(
         "--redraw", action="store_true", help="table and picture of the last record"

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import statistics
 
+from bench.peers import VARIANTS
 from bench.rows import Metric
 from bench.run import Cell
 
 OURS = "ambassador"
-VARIANTS = {
-    "ambassador-2": "-workers 2",
-    "ambassador-bare": "-sandbox off",
-}  # ours, with these flags
 OTHER = "other"  # another checkout of ours
 BASE = "direct"
 
 
+def _values(cell: Cell, key: str) -> list[float]:
+    return [sample[key] for sample in cell.samples if key in sample]
+
+
 def median(cell: Cell, key: str) -> float | None:
     """Of one figure's samples; None where there is none."""
-    values = [sample[key] for sample in cell.samples if key in sample]
+    values = _values(cell, key)
     return statistics.median(values) if values else None
 
 
 def spread(cell: Cell, key: str) -> float:
     """Half the range of the samples, as a part of the median."""
-    values = [sample[key] for sample in cell.samples if key in sample]
+    values = _values(cell, key)
     middle = statistics.median(values)
     return (max(values) - min(values)) / 2 / middle if middle else 0.0
 

@@ -14,7 +14,9 @@ Cells = Mapping[str, dict[str, Cell]]
 
 @dataclass(frozen=True)
 class Goal:
-    """`reached` is None where the run does not have what it takes; `more` is whether more is better."""
+    """`reached` is None where the run does not have what it takes, or the ambassador was at fault; `more` is
+    whether more is better.
+    """
 
     row: str
     words: str
@@ -30,43 +32,43 @@ class Goal:
         return rounded >= self.aim if self.more else rounded <= self.aim
 
 
+def _ours(cells: Cells, row: str) -> Cell:
+    """Without samples where the row did not run, or the ambassador was at fault in it."""
+    cell = cells.get(row, {}).get(OURS, Cell())
+    return Cell() if cell.faults else cell
+
+
 def _against_best(row: str, key: str, aim: float) -> Goal:
     """The figure as a multiple of the best peer's."""
     metric = next(metric for metric in ROWS[row].all_metrics if metric.key == key)
 
     def reached(cells: Cells) -> float | None:
-        here = cells.get(row, {})
-        best = best_peer(here, metric)
-        if best is None or OURS not in here or here[OURS].faults:
-            return None
-        return ratio(here[OURS], here[best[0]], key)
+        best = best_peer(cells.get(row, {}), metric)
+        return ratio(_ours(cells, row), cells[row][best[0]], key) if best else None
 
     return Goal(row, f"{metric.unit}, of the best peer's", aim, metric.more, reached)
 
 
-def _itself(row: str, key: str, words: str, aim: float) -> Goal:
-    def reached(cells: Cells) -> float | None:
-        return median(cells[row][OURS], key) if OURS in cells.get(row, {}) else None
-
-    return Goal(row, words, aim, more=False, reached=reached, unit="", digits=0)
-
-
 def _against(row: str, peer: str, key: str, words: str, aim: float) -> Goal:
     def reached(cells: Cells) -> float | None:
-        here = cells.get(row, {})
-        return ratio(here[OURS], here[peer], key) if OURS in here and peer in here else None
+        return ratio(_ours(cells, row), cells.get(row, {}).get(peer, Cell()), key)
 
     return Goal(row, words, aim, more=False, reached=reached)
+
+
+def _itself(row: str, key: str, words: str, aim: float) -> Goal:
+    def reached(cells: Cells) -> float | None:
+        return median(_ours(cells, row), key)
+
+    return Goal(row, words, aim, more=False, reached=reached, unit="", digits=0)
 
 
 def _flat(aim: float) -> Goal:
     few, many = (f"conns{count}" for count in FLAT)
 
     def reached(cells: Cells) -> float | None:
-        if not all(OURS in cells.get(row, {}) for row in (few, many)):
-            return None
         # Not ratio(): the rounds of two rows are minutes apart.
-        first, last = (median(cells[row][OURS], "cpu") for row in (few, many))
+        first, last = (median(_ours(cells, row), "cpu") for row in (few, many))
         return last / first if first and last else None
 
     return Goal(many, f"CPU an operation, of that with {FLAT[0]}", aim, more=False, reached=reached)

@@ -23,6 +23,8 @@ from bench.processes import Failed, Program
 ROOT = Path(__file__).resolve().parent.parent
 IDLE_S = 90  # of a UDP session, for all that have such a limit
 CONNECTIONS = 9_200  # at once: two descriptors each, within a hard limit of 20,000
+VARIANTS = {"ambassador-2": "-workers 2", "ambassador-bare": "-sandbox off"}
+"""The ambassador with these flags: nobody's peer."""
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,15 @@ _BOTH = frozenset({"tcp", "udp"})
 _TCP = frozenset({"tcp"})
 _PROXYD = "/lib/systemd/systemd-socket-proxyd"
 
+
+def _variant(name: str, *rows: str) -> Peer:
+    flags = VARIANTS[name]
+    run = partial(_ambassador, options=flags.split())
+    return Peer(
+        name, _BOTH, (sys.executable,), (), run, f"{flags}; no peer to itself", frozenset(rows)
+    )
+
+
 PEERS = {
     peer.name: peer
     for peer in (
@@ -403,15 +414,8 @@ PEERS = {
             (sys.executable, "-m", "ambassador", "-version"), _ambassador, "one worker",
             changing=Changing(_ambassador_changing, _ambassador_change),
         ),
-        Peer(
-            "ambassador-2", _BOTH, (sys.executable,), (), partial(_ambassador, options=("-workers", "2")),
-            "-workers 2; no peer to itself", rows=frozenset({"redis1", "http", "udp64"}),
-        ),
-        Peer(
-            "ambassador-bare", _BOTH, (sys.executable,), (),
-            partial(_ambassador, options=("-sandbox", "off")), "-sandbox off; no peer to itself",
-            rows=frozenset({"redis1", "ping64", "http", "udp64", "udpping"}),
-        ),
+        _variant("ambassador-2", "redis1", "http", "udp64"),
+        _variant("ambassador-bare", "redis1", "ping64", "http", "udp64", "udpping"),
         Peer(
             "haproxy", _TCP, ("/usr/sbin/haproxy",), ("/usr/sbin/haproxy", "-v"), _haproxy,
             "splice both ways, pipes of 1 MB, one thread",

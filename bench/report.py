@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import ground
-from bench.compare import BASE, OTHER, OURS, VARIANTS, best_peer, median, ratio, spread
+from bench.compare import BASE, OTHER, OURS, best_peer, median, ratio, spread
 from bench.goals import GOALS
-from bench.peers import PEERS
+from bench.peers import PEERS, VARIANTS
 from bench.rows import ROWS, Metric, Row
 from bench.run import Cell, Run
 
@@ -154,11 +154,16 @@ def _goals(run: Run) -> list[str]:
     lines = []
     for goal in GOALS:
         reached = goal.reached(run.cells)
+        ours = run.cells.get(goal.row, {}).get(OURS)
         if reached is not None:
-            aim = f"{'≥' if goal.more else '≤'} {goal.aim:g}{goal.unit}"
-            figures = f"{aim} | {reached:,.{goal.digits}f}{goal.unit}"
-            held = "yes" if goal.holds(reached) else "**no**"
-            lines.append(f"| {ROWS[goal.row].title} | {goal.words} | {figures} | {held} |")
+            figure = f"{reached:,.{goal.digits}f}{goal.unit}"
+        elif ours and ours.faults:
+            figure = "at fault"
+        else:
+            continue
+        aim = f"{'≥' if goal.more else '≤'} {goal.aim:g}{goal.unit}"
+        held = "yes" if reached is not None and goal.holds(reached) else "**no**"
+        lines.append(f"| {ROWS[goal.row].title} | {goal.words} | {aim} | {figure} | {held} |")
     if not lines:
         return []
     head = ["", "## What is aimed at", ""]

@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import calls, compare
+from bench import calls, compare, report
 from bench.goals import GOALS
 from bench.processes import Failed
-from bench.rows import Metric
-from bench.run import Cell, _check
+from bench.rows import ROWS, Metric
+from bench.run import Cell, Run, _check
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def test_a_run_writes_a_record_a_table_and_a_picture(tmp_path: Path) -> None:
     assert sum("ambassador " in line for line in progress) == 3
 
 
-def test_an_unknown_row_is_said(tmp_path: Path) -> None:
+def test_an_unknown_row_is_said() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--no-install", "--rows", "udp65"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -88,6 +88,16 @@ def test_a_goal_is_measured_against_the_best_peer_of_its_figure() -> None:
     assert rate.reached(cells) == 1.6 and rate.holds(1.6) and not rate.holds(1.59)
     assert cpu.reached(cells) == 0.5 and cpu.holds(0.404) and not cpu.holds(0.5)
     assert {goal.row for goal in GOALS if goal.reached(cells) is not None} == {"udp64"}
+
+
+def test_a_goal_is_missed_where_the_ambassador_is_at_fault(tmp_path: Path) -> None:
+    cells = {"ambassador": cell(80.0, faults=("corrupts datagrams",)), "nginx": cell(50.0)}
+    run = Run([ROWS["udp64"]], [], 1, tmp_path, cells={"udp64": cells})
+    goals = report._goals(run)
+    assert len(goals) == 5 + 2  # the table's head, and both goals of the row
+    assert all(line.endswith("| at fault | **no** |") for line in goals[5:])
+    cells["ambassador"].faults.clear()
+    assert [line for line in report._goals(run) if "| 1.60x | yes |" in line]
 
 
 def test_corruption_is_a_fault_with_its_number() -> None:

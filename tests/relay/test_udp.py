@@ -99,6 +99,28 @@ def test_one_at_a_time_and_then_many(start_udp: Start, peers: Peers) -> None:
     check_udp_counters(worker)
 
 
+def test_many_more_than_a_turn_is_told_of(start_udp: Start, peers: Peers) -> None:
+    """U8: the second look is only for a turn that has room for all: with 600 sockets ready all is read."""
+    server = peers.udp()
+    worker = start_udp(destination(server))
+    sessions = establish(peers, server, ("127.0.0.1", worker.port), 600)
+    for _ in range(4):  # after these their reads do not ask for a second
+        for client, session in sessions.items():
+            server.sendto(b"alone", session)
+            assert client.recv(100) == b"alone"
+    calls: list[str] = []
+    with traced(worker.pid, calls):
+        with worker.stopped():
+            for session in sessions.values():
+                for number in range(4):
+                    server.sendto(b"%d" % number, session)
+        for client in sessions:
+            assert receive(client, 4) == [b"0", b"1", b"2", b"3"]
+    reads = [call for call in calls if call.startswith("recvmmsg")]
+    assert len(reads) < 2 * len(sessions), "one by one"
+    check_udp_counters(worker)
+
+
 # Each is one send: sizes of its datagrams, the last one maybe shorter.
 RUNS = [
     [1200] * 10,
