@@ -197,8 +197,9 @@ class Cast:
     def died(self, name: str) -> float:
         """When Docker last told of a container's death, on the wall clock."""
         filters = ("--filter", f"container={name}", "--filter", "event=die")
-        since = ("--since", "5m", "--until", "0s", "--format", "{{.TimeNano}}")
-        return int(self.quiet("events", *filters, *since).split()[-1]) / 1e9
+        # Not `--until 0s`: the CLI cuts that to the whole second, and what happened in this one is left out.
+        span = ("--since", "5m", "--until", f"{time.time():.9f}", "--format", "{{.TimeNano}}")
+        return int(self.quiet("events", *filters, *span).split()[-1]) / 1e9
 
     def held(self, ambassador: str) -> float:
         """When an ambassador last said that it holds what comes, on the wall clock."""
