@@ -27,7 +27,7 @@ setup(
     ext_modules=cythonize(
         [
             loop(name)
-            for name in ("_splice", "_datagram", "_forker", "_wire", "_sandbox", "_worker")
+            for name in ("_splice", "_datagram", "_forkserver", "_control", "_sandbox", "_worker")
         ],
         compiler_directives={
             "language_level": 3,

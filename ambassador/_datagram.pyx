@@ -46,7 +46,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from ambassador._common cimport (
-    BEAT_MS,
+    HEARTBEAT_MS,
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
     COUNTER_HEARTBEAT,
@@ -283,8 +283,8 @@ cdef struct relay_t:
     reads_t reads  # of the listener
     uint32_t turn
     bint crowded  # more sockets may be ready than this turn was told of
-    uint32_t seat
-    uint32_t seats
+    uint32_t slot
+    uint32_t slots
     uint32_t hold_ms
     uint32_t idle_ms
     uint32_t max_sessions
@@ -992,8 +992,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     if relay.draining and (due < 0 or relay.drain_at < due):
         due = relay.drain_at
     if due < 0:
-        return BEAT_MS
-    return <int>min(max(due - relay.now, 0), BEAT_MS)
+        return HEARTBEAT_MS
+    return <int>min(max(due - relay.now, 0), HEARTBEAT_MS)
 
 
 cdef void free_ended(relay_t *relay) noexcept nogil:
@@ -1008,7 +1008,7 @@ cdef inline void buffers_trim(relay_t *relay, int count) noexcept nogil:
     """Give the pages of a burst back when there has been nothing to do for a heartbeat."""
     if count > 0:
         relay.worked_at = relay.now
-    elif relay.worked_at and relay.worked_at + BEAT_MS <= relay.now:
+    elif relay.worked_at and relay.worked_at + HEARTBEAT_MS <= relay.now:
         relay.worked_at = 0
         madvise(relay.inbox.buffers, BATCH * BUFFER_BYTES, MADV_DONTNEED)
 
@@ -1080,8 +1080,8 @@ cdef class UdpRelay:
 
     `listener` (non-blocking, reporting packet info; sockets.bind makes such a one) and `control` (the read
     end of the control pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the pages that are shared with the parent, one of 4096 bytes to each of `seats`, of which this worker has
-    `seat`; the loop maps them, and the caller may close it then.
+    the pages that are shared with the parent, one of 4096 bytes to each of `slots`, of which this worker has
+    `slot`; the loop maps them, and the caller may close it then.
     Times are milliseconds. With `gso` false no run of datagrams is
     sent or received as one. Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer
     that is too small or a table without room.
@@ -1095,8 +1095,8 @@ cdef class UdpRelay:
         int control,
         *,
         int counters,
-        uint32_t seat,
-        uint32_t seats,
+        uint32_t slot,
+        uint32_t slots,
         uint32_t hold_ms,
         uint32_t session_idle_ms,
         uint32_t max_sessions,
@@ -1108,8 +1108,8 @@ cdef class UdpRelay:
         self.relay.epoll = -1
         if max_sessions < 1:
             raise ValueError("a session table needs room for one")
-        self.relay.seat, self.relay.seats = seat, seats
-        self.relay.counters = counters_map(counters, seat, seats)
+        self.relay.slot, self.relay.slots = slot, slots
+        self.relay.counters = counters_map(counters, slot, slots)
         if self.relay.counters == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
@@ -1167,7 +1167,7 @@ cdef class UdpRelay:
             munmap(relay.buckets, (relay.mask + 1) * sizeof(session_t *))
         slabs_free(&relay.memory)
         free(relay.backends.items)
-        counters_unmap(relay.counters, relay.seat, relay.seats)
+        counters_unmap(relay.counters, relay.slot, relay.slots)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

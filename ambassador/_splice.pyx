@@ -53,7 +53,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ambassador._common cimport (
-    BEAT_MS,
+    HEARTBEAT_MS,
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
     COUNTER_HEARTBEAT,
@@ -320,11 +320,11 @@ cdef struct relay_t:
     uint32_t connect_ms
     uint32_t max_held
     uint32_t pipe_bytes  # 0: copy, always
-    uint32_t max_connections  # of all seats together; 0: as many as come
+    uint32_t max_connections  # of all slots together; 0: as many as come
     uint32_t idle_ms  # 0: never
     uint32_t half_close_ms  # 0: never
-    uint32_t seat
-    uint32_t seats
+    uint32_t slot
+    uint32_t slots
     uint64_t *counters
     slabs_t connections
     workspace_t *workspace
@@ -1095,13 +1095,13 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
 
 cdef bint port_is_full(relay_t *relay) noexcept nogil:
     """In all workers of this port together. Two that accept at one moment may pass the limit by one each."""
-    cdef uint64_t *page = relay.counters - relay.seat * COUNTERS_WORDS
+    cdef uint64_t *page = relay.counters - relay.slot * COUNTERS_WORDS
     cdef uint64_t active = 0
-    cdef uint32_t seat
+    cdef uint32_t slot
     if not relay.max_connections:
         return False
-    for seat in range(relay.seats):
-        active += page[seat * COUNTERS_WORDS + ACTIVE]
+    for slot in range(relay.slots):
+        active += page[slot * COUNTERS_WORDS + ACTIVE]
     return active >= relay.max_connections
 
 
@@ -1245,8 +1245,8 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     if relay.draining and (due < 0 or relay.drain_at < due):
         due = relay.drain_at
     if due < 0:
-        return BEAT_MS
-    return <int>min(max(due - relay.now, 0), BEAT_MS)
+        return HEARTBEAT_MS
+    return <int>min(max(due - relay.now, 0), HEARTBEAT_MS)
 
 
 cdef void free_closed(relay_t *relay) noexcept nogil:
@@ -1269,7 +1269,7 @@ cdef inline void burst_over(relay_t *relay, int count) noexcept nogil:
     """Give back what a burst needed when there has been nothing to do for a heartbeat."""
     if count > 0 or relay.ready_head != NULL:
         relay.worked_at = relay.now
-    elif relay.worked_at and relay.worked_at + BEAT_MS <= relay.now:
+    elif relay.worked_at and relay.worked_at + HEARTBEAT_MS <= relay.now:
         relay.worked_at = 0
         madvise(relay.workspace, sizeof(workspace_t), MADV_DONTNEED)
         pool_empty(relay)
@@ -1344,10 +1344,10 @@ cdef class TcpRelay:
 
     `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
     pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the pages that are shared with the parent, one of 4096 bytes to each of `seats`, of which this worker has
-    `seat`; the loop maps them, and the caller may close it then.
+    the pages that are shared with the parent, one of 4096 bytes to each of `slots`, of which this worker has
+    `slot`; the loop maps them, and the caller may close it then.
     Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always. 0 is no limit for
-    `max_connections` (of all seats together), `idle_ms` and `half_close_ms`.
+    `max_connections` (of all slots together), `idle_ms` and `half_close_ms`.
     Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer that is too small.
     """
 
@@ -1359,8 +1359,8 @@ cdef class TcpRelay:
         int control,
         *,
         int counters,
-        uint32_t seat,
-        uint32_t seats,
+        uint32_t slot,
+        uint32_t slots,
         uint32_t hold_ms,
         uint32_t connect_ms,
         uint32_t max_held,
@@ -1371,8 +1371,8 @@ cdef class TcpRelay:
     ):
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
-        self.relay.seat, self.relay.seats = seat, seats
-        self.relay.counters = counters_map(counters, seat, seats)
+        self.relay.slot, self.relay.slots = slot, slots
+        self.relay.counters = counters_map(counters, slot, slots)
         if self.relay.counters == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
@@ -1414,7 +1414,7 @@ cdef class TcpRelay:
         if relay.workspace != NULL:
             munmap(relay.workspace, sizeof(workspace_t))
         free(relay.backends.items)
-        counters_unmap(relay.counters, relay.seat, relay.seats)
+        counters_unmap(relay.counters, relay.slot, relay.slots)
 
     def repoint(self, uint64_t generation, list backends):
         """From now on these, each `(packed address, port, zone index, identity)`; none means hold.

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 from tests.docker.engine import DEMO, Box, HostAmbassador, Stage, wait_for
 
-PATIENCE_S = 15.0
+TIMEOUT_S = 15.0
 """For what is expected to happen; the machine may be busy."""
 
 PORT = 7000
@@ -37,7 +37,7 @@ def run_server(
     box = create_server(stage, short, *ports, flags=flags)
     box.start()
     if wait:
-        box.wait_for_log("^listening", PATIENCE_S)
+        box.wait_for_log("^listening", TIMEOUT_S)
     return box
 
 
@@ -72,7 +72,7 @@ def listening_since(box: Box) -> float:
         moment = float(box.logs().rpartition("listening ")[2].split()[0])
         return moment if moment > begin else None
 
-    return wait_for(f"{box.name} to listen", find, PATIENCE_S)
+    return wait_for(f"{box.name} to listen", find, TIMEOUT_S)
 
 
 def visitors(box: Box) -> list[str]:
@@ -86,7 +86,7 @@ def visitors(box: Box) -> list[str]:
 class Conversation:
     """A TCP connection; a context manager that closes it."""
 
-    def __init__(self, host: str, port: int = PORT, timeout: float = PATIENCE_S) -> None:
+    def __init__(self, host: str, port: int = PORT, timeout: float = TIMEOUT_S) -> None:
         self.socket = socket.create_connection((host, port), timeout)
 
     def __enter__(self) -> Self:
@@ -119,7 +119,7 @@ class Conversation:
         self.send(data)
         return self.read(len(data))
 
-    def ending(self, timeout: float = PATIENCE_S) -> str:
+    def ending(self, timeout: float = TIMEOUT_S) -> str:
         """`reset` or `end`, after whatever comes before it. TimeoutError where it goes on."""
         deadline = time.monotonic() + timeout
         while True:
@@ -140,7 +140,7 @@ class Conversation:
         except ConnectionResetError:
             return False
         finally:
-            self.socket.settimeout(PATIENCE_S)
+            self.socket.settimeout(TIMEOUT_S)
         return False
 
 
@@ -168,11 +168,11 @@ def accepts(host: str, port: int = PORT) -> bool:
 
 
 def wait_until_accepts(host: str, port: int = PORT) -> None:
-    wait_for(f"a listener on {host}:{port}", lambda: accepts(host, port), PATIENCE_S)
+    wait_for(f"a listener on {host}:{port}", lambda: accepts(host, port), TIMEOUT_S)
 
 
 def wait_until_refuses(host: str, port: int = PORT) -> None:
-    wait_for(f"no listener on {host}:{port}", lambda: not accepts(host, port), PATIENCE_S)
+    wait_for(f"no listener on {host}:{port}", lambda: not accepts(host, port), TIMEOUT_S)
 
 
 def fixed_network(stage: Stage, short: str) -> str:
@@ -200,7 +200,7 @@ def run_ambassador(
     try:
         wait_until_accepts(address, port)
     except AssertionError as error:
-        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.logs()}") from None
+        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.system.logs()}") from None
     return ambassador, address
 
 
@@ -222,7 +222,9 @@ def free_port() -> int:
 
 def lines_with(ambassador: Box | HostAmbassador, *words: str) -> list[str]:
     """Its log lines that contain all of the words."""
-    lines = ambassador.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
+    lines = (
+        ambassador.system.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
+    )
     return [line for line in lines if all(word in line for word in words)]
 
 

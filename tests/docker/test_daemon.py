@@ -12,7 +12,7 @@ import time
 from tests.docker.engine import HostAmbassador, Stage, wait_for
 from tests.docker.own_engine import OwnEngine
 from tests.docker.peers import (
-    PATIENCE_S,
+    TIMEOUT_S,
     Caller,
     Conversation,
     free_port,
@@ -38,7 +38,7 @@ def test_daemon_killed(own: OwnEngine) -> None:
 
         with Conversation(HERE, port) as old, Caller(HERE, port) as caller:
             old.greeting()
-            wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
             own.kill()
             ambassador.wait_for_line("cannot ask Docker: going on with what is known")
             assert old.ask(b"still here") == b"still here"
@@ -56,7 +56,7 @@ def test_daemon_killed(own: OwnEngine) -> None:
             assert old.ask(b"as before") == b"as before"
             assert caller.ask(b"as ever") == (b"db as ever", HERE)
         assert len(lines_with(ambassador, "cannot ask Docker")) == 1
-        assert lines_with(ambassador, "repointed") == [], "nothing changed for db"
+        assert lines_with(ambassador, "backend changed") == [], "nothing changed for db"
 
         with Conversation(HERE, mortal_port) as held:
             mortal.start()  # and what it says is heard again

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.discovery import Discovery, connect_engine
+from ambassador.discovery.docker_source import DockerSource, connect_engine
 from tests.docker.engine import HostAmbassador, Stage, wait_for
 from tests.docker.own_engine import OwnEngine
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     free_port,
@@ -79,7 +79,7 @@ class TcpFront:
 
 
 @contextlib.contextmanager
-def followed(discovery: Discovery) -> Iterator[Discovery]:
+def followed(discovery: DockerSource) -> Iterator[DockerSource]:
     discovery.start()
     try:
         yield discovery
@@ -93,7 +93,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
     db = run_server(stage, "db", f"{PORT}/tcp")
     with linked() as namespace:
         front = TcpFront(namespace, stage.engine.socket)
-        discovery = Discovery(
+        discovery = DockerSource(
             lambda: connect_engine(front.address, timeout=QUICK_S),
             [db.name],
             network=None,
@@ -134,7 +134,7 @@ def test_daemon_hangs(own: OwnEngine) -> None:
         wait_until_accepts(HERE, mortal_port)
         with Conversation(HERE, port) as old, Caller(HERE, port) as caller:
             old.greeting()
-            wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
             with own.hung():
                 os.kill(mortal_pid, signal.SIGKILL)
                 (victim,) = [w for w in workers_of(ambassador.pid) if f"{port}/udp" in w.title]
@@ -159,7 +159,7 @@ def test_daemon_hangs(own: OwnEngine) -> None:
                 mortal.start()
                 assert held.greeting()[0] == "mortal"
             assert old.ask(b"and after") == b"and after"
-        assert lines_with(ambassador, "repointed", db.name) == []
+        assert lines_with(ambassador, "backend changed", db.name) == []
 
 
 def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
     log = Log()
     db = run_server(stage, "db", f"{PORT}/tcp")
     with EngineProxy(tmp_path / "s", stage.engine.socket) as proxy:
-        discovery = Discovery(
+        discovery = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
             network=None,
@@ -254,10 +254,10 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
             old.ending()
             with Conversation(HERE, port) as held:
                 assert held.greeting() == ("db", db.address())
-            wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
         assert ambassador.stop() == 0
         # What it asks every 10 and 30 s, sooner.
-        watching = Discovery(
+        watching = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
             network=None,

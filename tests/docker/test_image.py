@@ -15,8 +15,8 @@ import pytest
 
 from tests.docker.engine import Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     finished_at,
@@ -43,9 +43,9 @@ def test_least_privilege(stage: Stage, who: str) -> None:
     assert greet(host) == "db"
     assert greet(host, 53) == "db"
     with Caller(host, 53) as caller:
-        assert wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S) == (b"db x", host)
+        assert wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S) == (b"db x", host)
     assert ambassador.stop() == 0
-    log = ambassador.logs()
+    log = ambassador.system.logs()
     assert "level=error" not in log
     assert "Traceback" not in log
 
@@ -95,13 +95,13 @@ def test_clients_that_never_let_go(stage: Stage) -> None:
     visiting = threading.Thread(target=visit_for_ever)
     visiting.start()
     try:
-        wait_for("visits", lambda: begun > 50, PATIENCE_S)
+        wait_for("visits", lambda: begun > 50, TIMEOUT_S)
         for _ in range(2):
             stage.restart_elsewhere(db)
             assert greet(host) == "db"
             ends.append(finished_at(db))
             goal = begun + 30
-            wait_for("visits", lambda goal=goal: begun > goal, PATIENCE_S)  # type: ignore[misc]
+            wait_for("visits", lambda goal=goal: begun > goal, TIMEOUT_S)  # type: ignore[misc]
     finally:
         done.set()
         visiting.join()

@@ -15,8 +15,8 @@ import pytest
 
 from tests.docker.engine import Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     free_port,
@@ -48,7 +48,7 @@ def test_memory_limit(stage: Stage) -> None:
     ambassador, host = run_ambassador(
         stage, "-name", db.name, flags="--memory=64m --memory-swap=64m"
     )
-    wait_for("an answer", lambda: Caller(host).ask(b"x"), PATIENCE_S)
+    wait_for("an answer", lambda: Caller(host).ask(b"x"), TIMEOUT_S)
     conversations = [Conversation(host) for _ in range(500)]
     callers = [Caller(host) for _ in range(500)]
     for conversation in conversations:
@@ -60,7 +60,7 @@ def test_memory_limit(stage: Stage) -> None:
     for sock in [*(c.socket for c in conversations), *(c.socket for c in callers)]:
         sock.close()
     assert greet(host) == "db"
-    assert not ambassador.inspect()["State"]["OOMKilled"]
+    assert not ambassador.discovery.target_address()["State"]["OOMKilled"]
     assert lines_with(ambassador, "worker ended") == []
 
 
@@ -82,7 +82,7 @@ def test_pids_limit(stage: Stage) -> None:
     assert served() < len(ports)
     stage.docker("update", "--pids-limit=100", ambassador.name)
     for port in ports:
-        wait_for("an answer", lambda port=port: is_greeted_by("db", host, port), PATIENCE_S)  # type: ignore[misc]
+        wait_for("an answer", lambda port=port: is_greeted_by("db", host, port), TIMEOUT_S)  # type: ignore[misc]
 
 
 # --- R5 ------------------------------------------------------------------------------------------

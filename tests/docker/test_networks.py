@@ -13,8 +13,8 @@ import pytest
 
 from tests.docker.engine import REDIS, Box, Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     free_port,
@@ -37,7 +37,7 @@ def reached_at(host: str, port: int = PORT) -> str:
 
 
 def wait_until_reached_at(host: str, address: str) -> None:
-    wait_for(f"a way to {address}", lambda: reached_at(host) == address, PATIENCE_S)
+    wait_for(f"a way to {address}", lambda: reached_at(host) == address, TIMEOUT_S)
 
 
 def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
@@ -55,7 +55,7 @@ def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
         stage.docker("network", "connect", network, db.name)
         assert held.greeting() == ("db", db.address(network))
     assert db.is_running()
-    backends = re.findall(r"backend=(\S+)", ambassador.logs())
+    backends = re.findall(r"backend=(\S+)", ambassador.system.logs())
     assert len(backends) == 3, backends
     for backend in backends:
         assert backend == "none" or ipaddress.ip_address(backend.partition(":")[0])
@@ -209,7 +209,7 @@ def test_ipv6(stage: Stage) -> None:
     wait_until_accepts(host)
     assert reached_at(host) == (db.address() or address6(db))
     with Caller(host) as caller:
-        answer = wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+        answer = wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
         assert answer == (b"db x", host)
     db.restart()
     assert reached_at(host) == (db.address() or address6(db))

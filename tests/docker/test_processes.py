@@ -1,4 +1,4 @@
-"""What happens to the ambassador's own processes: its workers, its nursery, its parent.
+"""What happens to the ambassador's own processes: its workers, its fork server, its parent.
 
 Fault rows W1, P1, P2, P3.
 """
@@ -16,8 +16,8 @@ import pytest
 
 from tests.docker.engine import Box, HostAmbassador, Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Conversation,
     finished_at,
     free_port,
@@ -35,7 +35,7 @@ HERE = "127.0.0.1"
 
 def parent_pid(ambassador: Box) -> int:
     """The first process of a container, as this machine numbers it."""
-    return int(ambassador.inspect()["State"]["Pid"])
+    return int(ambassador.discovery.target_address()["State"]["Pid"])
 
 
 def run_on_host(stage: Stage, *args: str) -> tuple[HostAmbassador, int]:
@@ -43,7 +43,7 @@ def run_on_host(stage: Stage, *args: str) -> tuple[HostAmbassador, int]:
     port = free_port()
     db = run_server(stage, "db", f"{port}/tcp", f"{port}/udp")
     ambassador = stage.run_ambassador_on_host("-name", db.name, *args)
-    wait_for("both workers", lambda: len(workers_of(ambassador.pid)) == 2, PATIENCE_S)
+    wait_for("both workers", lambda: len(workers_of(ambassador.pid)) == 2, TIMEOUT_S)
     wait_until_accepts(HERE, port)
     return ambassador, port
 
@@ -108,9 +108,9 @@ def test_worker_killed_under_load(stage: Stage) -> None:
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
     for _ in range(3):
-        (worker,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+        (worker,) = wait_for("one worker", lambda: workers_of(parent), TIMEOUT_S)
         kill_under_load(worker.pid, host)
-    ambassador.wait_for_log("worker ended, replacing it.*killed by SIGKILL")
+    ambassador.wait_for_log("worker exited, restarting.*killed by SIGKILL")
     assert len(workers_of(parent)) == 1
     assert [process for process in descendants(parent) if process.state == "Z"] == []
 
@@ -123,13 +123,13 @@ def kill_under_load(worker: int, host: str) -> None:
         writer = threading.Thread(target=lambda: endings.append(send_to_the_end(stream)))
         writer.start()
         stream.read(1 << 20)
-        wait_for("visits", lambda: len(visitors.greeted) > 20, PATIENCE_S)
+        wait_for("visits", lambda: len(visitors.greeted) > 20, TIMEOUT_S)
         os.kill(worker, signal.SIGKILL)
         killed = time.monotonic()
         endings.append(stream.ending())
         writer.join()
         count = len(visitors.greeted)
-        wait_for("more visits", lambda: len(visitors.greeted) > count + 20, PATIENCE_S)
+        wait_for("more visits", lambda: len(visitors.greeted) > count + 20, TIMEOUT_S)
         # Neither would end by itself: a clean end is bytes lost in silence. The kernel tells of a
         # reset only once, the writer or the reader.
         assert "reset" in endings
@@ -149,31 +149,31 @@ def send_to_the_end(conversation: Conversation) -> str:
         return "end"
 
 
-def test_nursery_killed(stage: Stage) -> None:
-    """W1, P3: open connections go on; the next worker has another nursery; nobody is left a zombie."""
+def test_fork_server_killed(stage: Stage) -> None:
+    """W1, P3: open connections go on; the next worker has another fork server; nobody is left a zombie."""
     db = run_server(stage, "db", TCP)
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
-    (worker,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+    (worker,) = wait_for("one worker", lambda: workers_of(parent), TIMEOUT_S)
     with Conversation(host) as conversation:
         conversation.greeting()
         os.kill(worker.parent, signal.SIGKILL)
-        ambassador.wait_for_log("the nursery ended, starting another")
+        ambassador.wait_for_log("fork server exited, restarting")
         assert conversation.ask(b"still here") == b"still here"
         assert greet(host) == "db"
         os.kill(worker.pid, signal.SIGKILL)
         assert conversation.ending() == "reset"
     assert greet(host) == "db"
-    (successor,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+    (successor,) = wait_for("one worker", lambda: workers_of(parent), TIMEOUT_S)
     assert successor.pid != worker.pid
     assert [process for process in descendants(parent) if process.state == "Z"] == []
 
 
 def test_parent_killed(stage: Stage) -> None:
-    """P1: nursery and workers are gone within a second, the ports free, connections reset."""
+    """P1: fork server and workers are gone within a second, the ports free, connections reset."""
     ambassador, port = run_on_host(stage)
     everybody = descendants(ambassador.pid)
-    assert len(everybody) == 3, "a nursery and two workers"
+    assert len(everybody) == 3, "a fork server and two workers"
     with Conversation(HERE, port) as conversation:
         conversation.greeting()
         ambassador.process.kill()
@@ -194,7 +194,7 @@ def test_told_to_stop_on_the_host(stage: Stage, number: signal.Signals) -> None:
         conversation.greeting()
         begin = time.monotonic()
         ambassador.process.send_signal(number)
-        assert ambassador.process.wait(PATIENCE_S) == 0
+        assert ambassador.process.wait(TIMEOUT_S) == 0
         assert time.monotonic() - begin < 1.5
         assert conversation.ending() == "reset"
     assert all(map(is_gone, everybody))
@@ -213,7 +213,7 @@ def test_told_to_stop_twice(stage: Stage) -> None:
         assert ambassador.process.poll() is None
         begin = time.monotonic()
         ambassador.process.terminate()
-        assert ambassador.process.wait(PATIENCE_S) == 0
+        assert ambassador.process.wait(TIMEOUT_S) == 0
         assert time.monotonic() - begin < 1
         assert conversation.ending() == "reset"
     assert all(map(is_gone, everybody))
@@ -227,7 +227,7 @@ def test_last_conversation_ends_the_drain(stage: Stage) -> None:
         ambassador.process.terminate()
         wait_until_refuses(HERE, port)
         assert conversation.ask(b"the last word") == b"the last word"
-    assert ambassador.process.wait(PATIENCE_S) == 0
+    assert ambassador.process.wait(TIMEOUT_S) == 0
 
 
 @pytest.mark.parametrize("init", ["", "--init"])
@@ -249,7 +249,7 @@ def test_docker_stop(stage: Stage, init: str, open_connections: int) -> None:
             assert ambassador.stop(timeout=30) == 0
             took.append(finished_at(ambassador) - begin)
     assert min(took) < 1, took
-    assert "Traceback" not in ambassador.logs()
+    assert "Traceback" not in ambassador.system.logs()
 
 
 _ORPHAN = """

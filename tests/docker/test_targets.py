@@ -14,8 +14,8 @@ import pytest
 
 from tests.docker.engine import DEMO, Box, Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     free_port,
@@ -34,7 +34,7 @@ HERE = "127.0.0.1"
 
 def held_by(ambassador: Box) -> int:
     """The descriptors of all its processes."""
-    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
+    parent = psutil.Process(int(ambassador.discovery.target_address()["State"]["Pid"]))
     return sum(process.num_fds() for process in (parent, *parent.children(recursive=True)))
 
 
@@ -52,7 +52,7 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     with Conversation(host) as conversation, Caller(host, 7002) as caller:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
-        wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+        wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
         before = held_by(ambassador)
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
@@ -62,7 +62,7 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     assert held_by(ambassador) <= before + 2, "more than another connection to Docker"
     crashes = crashing.inspect()["RestartCount"] + 1
     for name in (healthy.name, other.name):
-        assert lines_with(ambassador, "repointed", name) == []
+        assert lines_with(ambassador, "backend changed", name) == []
     # Of each crash: it runs, it does not, and for either port that there is a backend and is none.
     assert len(lines_with(ambassador, crashing.name)) <= 6 * crashes + 4
 
@@ -75,7 +75,7 @@ def test_two_targets_want_one_port(stage: Stage) -> None:
     )
     assert greet(host) == "second", "so far nobody else wants it"
     first = run_server(stage, "first", TCP, "7001/tcp")
-    wait_for("the first one", lambda: is_greeted_by("first", host), PATIENCE_S)
+    wait_for("the first one", lambda: is_greeted_by("first", host), TIMEOUT_S)
     wait_until_accepts(host, 7001)
     assert greet(host, 7001) == "first"
     assert greet(host, 7002) == "second"
@@ -156,7 +156,7 @@ def test_port_in_use(stage: Stage) -> None:
     wait_until_accepts(HERE, taken)
     assert greet(HERE, taken) == "db"
     with Caller(HERE, taken) as caller:
-        assert wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S) == (b"db x", HERE)
+        assert wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S) == (b"db x", HERE)
     assert ambassador.stop() == 0
 
 

@@ -10,8 +10,8 @@ import time
 
 from tests.docker.engine import DNSMASQ, Stage, wait_for
 from tests.docker.peers import (
-    PATIENCE_S,
     PORT,
+    TIMEOUT_S,
     Caller,
     Conversation,
     dns_answer,
@@ -51,13 +51,13 @@ def test_socket_kept_open_through_a_restart(stage: Stage) -> None:
         for thread in threads:
             thread.start()
         try:
-            wait_for("answers", lambda: len(came) > 20, PATIENCE_S)
+            wait_for("answers", lambda: len(came) > 20, TIMEOUT_S)
             stage.restart_elsewhere(db)
             back_at = listening_since(db)
             resumed = wait_for(
                 "an answer to what was sent after the restart",
                 lambda: next((at for question, at in came if sent_at[question] > back_at), None),
-                PATIENCE_S,
+                TIMEOUT_S,
             )
         finally:
             done.set()
@@ -80,7 +80,7 @@ def test_answers_come_from_where_was_asked(stage: Stage) -> None:
     with Caller(host) as caller:
         for address in (host, other, host, other):
             caller.host = address
-            answer = wait_for("an answer", lambda: caller.ask(b"where from"), PATIENCE_S)
+            answer = wait_for("an answer", lambda: caller.ask(b"where from"), TIMEOUT_S)
             assert answer == (b"db where from", address)
 
 
@@ -104,10 +104,10 @@ def test_dns_over_udp_and_tcp(stage: Stage) -> None:
             return dns_answer(conversation.read(length))
 
     with Caller(host, 53) as caller:
-        assert wait_for("DNS over UDP", lambda: over_udp(caller), PATIENCE_S) == "192.0.2.7"
+        assert wait_for("DNS over UDP", lambda: over_udp(caller), TIMEOUT_S) == "192.0.2.7"
         assert over_tcp() == "192.0.2.7"
         stage.restart_elsewhere(dns)
-        assert wait_for("DNS over UDP", lambda: over_udp(caller), PATIENCE_S) == "192.0.2.7"
+        assert wait_for("DNS over UDP", lambda: over_udp(caller), TIMEOUT_S) == "192.0.2.7"
         assert over_tcp() == "192.0.2.7"
 
 
@@ -119,7 +119,7 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
     callers = [Caller(host) for _ in range(50)]
     try:
         first = callers[0]
-        wait_for("an answer", lambda: first.ask(b"first"), PATIENCE_S)
+        wait_for("an answer", lambda: first.ask(b"first"), TIMEOUT_S)
 
         def all_answered(label: bytes) -> bool:
             for number, caller in enumerate(callers):
@@ -136,7 +136,7 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
         assert all_answered(b"before")
         stage.restart_elsewhere(db)
         listening_since(db)
-        wait_for("answers to all", lambda: all_answered(b"after"), PATIENCE_S)
+        wait_for("answers to all", lambda: all_answered(b"after"), TIMEOUT_S)
     finally:
         for caller in callers:
             caller.socket.close()

@@ -1,4 +1,4 @@
-"""Fixtures: one nursery for the whole run, and workers, peers and namespaces for one test each."""
+"""Fixtures: one fork server for the whole run, and workers, peers and namespaces for one test each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import ambassador
 from ambassador.control import Destination
 from ambassador.model import Protocol
-from ambassador.nursery import Nursery
+from ambassador.supervise.forkserver import ForkServer
 
 from .harness import Worker, Yard
 from .peers import Peers
@@ -34,7 +34,7 @@ def tools() -> None:
         )
     if os.geteuid() != 0:
         pytest.fail("tests/relay needs root: it makes network namespaces", pytrace=False)
-    # The nursery is a program of its own, wherever the tests are started from.
+    # The fork server is a program of its own, wherever the tests are started from.
     root = str(Path(ambassador.__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [root, os.environ.get("PYTHONPATH", "")])
@@ -43,7 +43,7 @@ def tools() -> None:
 
 @pytest.fixture(scope="session")
 def yard(tools: None) -> Iterator[Yard]:
-    yard = Yard(Nursery.launch())
+    yard = Yard(ForkServer.launch())
     yield yard
     yard.close()
 

@@ -1,4 +1,4 @@
-"""What every relay test needs: a nursery, workers around the compiled loops, and waiting with a limit."""
+"""What every relay test needs: a fork server, workers around the compiled loops, and waiting with a limit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from ambassador import sockets
 from ambassador.control import Destination, Repoint, Start
 from ambassador.model import Listener, Protocol, Sandbox
-from ambassador.nursery import Exited, Forked, Nursery
-from ambassador.worker import Handle
+from ambassador.supervise import sockets
+from ambassador.supervise.forkserver import Exited, Forked, ForkServer
+from ambassador.supervise.worker import WorkerProcess
 
-PATIENCE_S = 20.0
+TIMEOUT_S = 20.0
 """No single step takes longer than this, however busy the machine is."""
 
 SANITIZED = bool(os.environ.get("SANITIZED"))
@@ -37,7 +37,7 @@ native = pytest.mark.skipif(
 _ports = itertools.count(random.SystemRandom().randrange(12_000, 30_000))
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
     """Poll until it holds. Fails with `what` when the time is over."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -79,21 +79,21 @@ def bind_free(protocol: Protocol, *, gro: bool = True) -> tuple[Listener, socket
 
 
 class Yard:
-    """The nursery and the exits it told of."""
+    """The fork server and the exits it told of."""
 
-    def __init__(self, nursery: Nursery) -> None:
-        self.nursery = nursery
+    def __init__(self, fork_server: ForkServer) -> None:
+        self.fork_server = fork_server
         self._forked: list[Forked] = []
         self._exits: dict[int, int] = {}
 
     def fork(self, descriptors: tuple[int, int, int]) -> Forked:
-        self.nursery.request(descriptors)
-        self._listen(lambda: self._forked, "the nursery forks no worker")
+        self.fork_server.request(descriptors)
+        self._listen(lambda: self._forked, "the fork server forks no worker")
         forked = self._forked.pop()
         assert forked.pid > 0, f"the nursery could not fork: {os.strerror(-forked.pid)}"
         return forked
 
-    def exit_code(self, pid: int, timeout_s: float = PATIENCE_S) -> int:
+    def exit_code(self, pid: int, timeout_s: float = TIMEOUT_S) -> int:
         """Wait for the worker's end: its exit code, or the negative number of a signal."""
         self._listen(lambda: pid in self._exits, f"worker {pid} does not end", timeout_s)
         return os.waitstatus_to_exitcode(self._exits[pid])
@@ -103,13 +103,13 @@ class Yard:
         return pid in self._exits
 
     def close(self) -> None:
-        self.nursery.close()
-        wait_until(lambda: is_gone(self.nursery.pid), "the nursery does not end")
+        self.fork_server.close()
+        wait_until(lambda: is_gone(self.fork_server.pid), "the fork server does not end")
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.nursery.pid, 0)
+            os.waitpid(self.fork_server.pid, 0)
 
     def _take(self) -> None:
-        while (message := self.nursery.receive()) is not None:
+        while (message := self.fork_server.receive()) is not None:
             match message:
                 case Forked():
                     self._forked.append(message)
@@ -117,14 +117,14 @@ class Yard:
                     self._exits[message.pid] = message.status
 
     def _listen(
-        self, condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S
+        self, condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S
     ) -> None:
         deadline = time.monotonic() + timeout_s
         self._take()
         while not condition():
             left = deadline - time.monotonic()
             assert left > 0, f"after {timeout_s} s: {what}"
-            select.select([self.nursery], [], [], left)
+            select.select([self.fork_server], [], [], left)
             self._take()
 
 
@@ -144,7 +144,7 @@ class Worker:
         if SANITIZED:
             limits.setdefault("sandbox", Sandbox.OFF)
         self.yard = yard
-        self.handle: Handle
+        self.handle: WorkerProcess
         self.protocol = protocol
         self.generation = 1
         if takes_over is None:
@@ -152,9 +152,9 @@ class Worker:
         else:
             listener, self.listener = takes_over.handle.listener, takes_over.listener.dup()
         self.port = listener.port
-        self.handle = Handle(Start(listener, **limits), Repoint(1, destinations, "test"))
-        forked = yard.fork(self.handle.lend(self.listener.fileno()))
-        self.handle.born(forked.pid, forked.pidfd)
+        self.handle = WorkerProcess(Start(listener, **limits), Repoint(1, destinations, "test"))
+        forked = yard.fork(self.handle.passed_fds(self.listener.fileno()))
+        self.handle.started(forked.pid, forked.pidfd)
         self.pid = forked.pid
         self.wait_for(generation=1)
 
@@ -173,7 +173,7 @@ class Worker:
     def counter(self, name: str) -> int:
         return self.handle.counters()[name]
 
-    def wait_for(self, timeout_s: float = PATIENCE_S, **wanted: int) -> None:
+    def wait_for(self, timeout_s: float = TIMEOUT_S, **wanted: int) -> None:
         """Until the counters have these values."""
 
         def reached() -> bool:

@@ -1,7 +1,7 @@
 """A supervisor in a process of its own that is told its routes line by line, and the test's handle on it.
 
 The real parent learns routes from Docker. This one reads them on standard input, as JSON, and so lets a test
-repoint, expose and withdraw ports at will; nursery, supervisor and workers are the real ones.
+repoint, expose and withdraw ports at will; fork server, supervisor and workers are the real ones.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from ambassador.model import Backend, DesiredState, Listener, Protocol, Route, Sandbox
-from ambassador.nursery import Nursery
-from ambassador.supervisor import Limits, Supervisor
+from ambassador.supervise.forkserver import ForkServer
+from ambassador.supervise.supervisor import Limits, Supervisor
 
-from .harness import PATIENCE_S, SANITIZED, wait_until
+from .harness import SANITIZED, TIMEOUT_S, wait_until
 from .watched import Watched, children, title
 
 Address = tuple[str, int, str]  # address, port, run
@@ -41,7 +41,7 @@ class Parent:
                 text=True,
             )
         self.pid = self._process.pid
-        wait_until(lambda: children(self.pid), "the parent has a nursery")
+        wait_until(lambda: children(self.pid), "the parent has a fork server")
         self.tell({})
 
     def tell(self, routes: Mapping[Listener, Sequence[Address]]) -> None:
@@ -54,14 +54,14 @@ class Parent:
         print(json.dumps(lines), file=self._process.stdin, flush=True)
 
     @property
-    def nursery(self) -> int:
+    def fork_server(self) -> int:
         (pid,) = children(self.pid)
         return pid
 
     def workers(self) -> list[int]:
-        return children(self.nursery)
+        return children(self.fork_server)
 
-    def worker(self, listener: Listener, generation: int, timeout_s: float = PATIENCE_S) -> Watched:
+    def worker(self, listener: Listener, generation: int, timeout_s: float = TIMEOUT_S) -> Watched:
         """The one live worker of the listener, once it has this generation of backends in force."""
         deadline = time.monotonic() + timeout_s
         prefix = f"grand-ambassador: {listener} "
@@ -83,7 +83,7 @@ class Parent:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(PATIENCE_S) == 0, self.log.read_text()
+        assert self._process.wait(TIMEOUT_S) == 0, self.log.read_text()
 
 
 def routes(lines: Sequence[tuple[int, str, Sequence[Address]]]) -> dict[Listener, Route]:
@@ -99,9 +99,9 @@ def routes(lines: Sequence[tuple[int, str, Sequence[Address]]]) -> dict[Listener
 
 def main(hold_ms: int, lines: IO[str]) -> int:
     wanted = DesiredState()
-    # The nursery first: it is forked, which is safe only while there is no thread.
+    # The fork server first: it is forked, which is safe only while there is no thread.
     limits = Limits(hold_ms=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
-    supervisor = Supervisor(Nursery.fork(), lambda: wanted, limits)
+    supervisor = Supervisor(ForkServer.fork(), lambda: wanted, limits)
 
     def listen() -> None:
         nonlocal wanted

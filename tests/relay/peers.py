@@ -15,7 +15,7 @@ import pytest
 
 from ambassador.control import Destination
 
-from .harness import PATIENCE_S, Worker
+from .harness import TIMEOUT_S, Worker
 
 BLOCK_BYTES = 8 << 20
 _BLOCK = random.Random(20_260_101).randbytes(BLOCK_BYTES)
@@ -41,7 +41,7 @@ class Peers:
         self._open.close()
 
     def keep(self, sock: socket.socket) -> socket.socket:
-        sock.settimeout(PATIENCE_S)
+        sock.settimeout(TIMEOUT_S)
         return self._open.enter_context(sock)
 
     def bound(self, address: str = "127.0.0.1") -> socket.socket:

@@ -12,7 +12,7 @@ import psutil
 
 from ambassador.model import Protocol
 
-from .harness import PATIENCE_S, SANITIZED, bind_free, wait_until
+from .harness import SANITIZED, TIMEOUT_S, bind_free, wait_until
 
 
 class Program:
@@ -39,8 +39,8 @@ class Program:
         )
 
     @property
-    def nursery(self) -> int:
-        (pid,) = self._titled("grand-ambassador: nursery")
+    def fork_server(self) -> int:
+        (pid,) = self._titled("grand-ambassador: fork server")
         return pid
 
     def said(self, words: str) -> int:
@@ -49,7 +49,7 @@ class Program:
 
     def close(self) -> None:
         self.process.terminate()
-        assert self.process.wait(PATIENCE_S) == 0
+        assert self.process.wait(TIMEOUT_S) == 0
 
     def _titled(self, title: str) -> list[int]:
         found = []

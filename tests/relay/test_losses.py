@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from ambassador.control import Destination
-from ambassador.worker import LOSSES
+from ambassador.supervise.worker import LOSSES
 
 from .conftest import Start
 from .harness import wait_until

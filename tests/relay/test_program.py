@@ -24,7 +24,7 @@ from ambassador.model import Protocol
 from tests.docker.engine import HostAmbassador
 from tests.docker.processes import Process, descendants
 
-from .harness import PATIENCE_S, bind_free, native, wait_until
+from .harness import TIMEOUT_S, bind_free, native, wait_until
 from .namespaces import linked
 from .peers import Peers, read_exactly, read_to_end, read_to_reset
 
@@ -68,7 +68,7 @@ def workers(program: int, port: int) -> list[Process]:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection((HERE, port), PATIENCE_S)
+    return socket.create_connection((HERE, port), TIMEOUT_S)
 
 
 # ------------------------------------------------------------------------------------------------ P4
@@ -264,7 +264,7 @@ def test_clock_jumps(run: Run, peers: Peers, tmp_path: Path, days: int) -> None:
         program.wait_for_line("no backend within the hold window", since=first_line)
         (worker,) = workers(program.pid, dead)
         os.kill(worker.pid, signal.SIGKILL)
-        line = program.wait_for_line("worker ended, replacing it", since=first_line)
+        line = program.wait_for_line("worker exited, restarting", since=first_line)
         today = time.gmtime(time.time()).tm_mday
         assert day_of(line) != today, "the shim does not work"
         wait_until(

@@ -21,14 +21,15 @@ import psutil
 import pytest
 
 import ambassador
-from ambassador import _sandbox, sandbox
-from ambassador._worker import COUNTERS_BYTES, EXIT_UNCONFINED
+from ambassador import _sandbox
+from ambassador._worker import COUNTERS_BYTES, EXIT_NO_SANDBOX
 from ambassador.model import Protocol, Sandbox
-from ambassador.worker import Handle
+from ambassador.supervise import sandbox
+from ambassador.supervise.worker import WorkerProcess
 
 from .conftest import Start as StartWorker
 from .echo import Echo
-from .harness import PATIENCE_S, Worker, bind_free, native, wait_until
+from .harness import TIMEOUT_S, Worker, bind_free, native, wait_until
 from .peers import Peers, destination, read_exactly
 from .program import Run, free_port
 
@@ -108,8 +109,8 @@ def test_a_worker_holds_no_power(start: StartWorker, peers: Peers, protocol: Pro
     assert said["NoNewPrivs"] == "1"
     assert said["Seccomp"] == "2"
     assert Path(f"/proc/{worker.pid}/mem").stat().st_uid == 0  # not dumpable: root's, not its own
-    assert worker.handle.sandbox and sandbox.lacking(worker.handle.sandbox) == ()
-    # Of sockets it has its listener alone: no Docker's, no nursery's.
+    assert worker.handle.sandbox and sandbox.missing_steps(worker.handle.sandbox) == ()
+    # Of sockets it has its listener alone: no Docker's, no fork server's.
     sockets = [name for name in worker.descriptors().values() if name.startswith("socket:")]
     assert len(sockets) == 1
 
@@ -346,7 +347,7 @@ class Relay:
         wait_until(lambda: text in self.log.read_text(), f"{text!r} in {self.log.read_text()!r}")
 
     def serves(self) -> None:
-        socket.create_connection(("127.0.0.1", self.port), PATIENCE_S).close()
+        socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S).close()
 
     def workers(self) -> list[int]:
         found = []
@@ -358,7 +359,7 @@ class Relay:
 
     def stop(self) -> str:
         self.process.terminate()
-        assert self.process.wait(PATIENCE_S) == 0
+        assert self.process.wait(TIMEOUT_S) == 0
         return self.log.read_text()
 
 
@@ -375,7 +376,7 @@ def test_auto_warns_once(tmp_path: Path) -> None:
 
 def test_required_ends_the_program(tmp_path: Path) -> None:
     relay = Relay(WITHOUT_SETUID, tmp_path / "log", "-sandbox", "required", "-workers", "2")
-    assert relay.process.wait(PATIENCE_S) == 1
+    assert relay.process.wait(TIMEOUT_S) == 1
     log = relay.log.read_text()
     assert log.count("the sandbox is required and cannot be had") == 1
     assert "SETUID" in log
@@ -404,10 +405,10 @@ def test_another_user_than_root_has_nothing_to_give_up(tmp_path: Path) -> None:
 
 def test_the_worker_has_an_exit_code_of_its_own(start: StartWorker) -> None:
     """And says in its page what was lacking, which the parent still reads."""
-    assert EXIT_UNCONFINED == 77
+    assert EXIT_NO_SANDBOX == 77
     word = 1 << 16 | 8 << _sandbox.MISSING
-    assert sandbox.lacking(word) == ("uid",)
-    assert sandbox.lacking(0) == ()
+    assert sandbox.missing_steps(word) == ("uid",)
+    assert sandbox.missing_steps(0) == ()
     assert "seccomp" in sandbox.advice(("seccomp",))
 
 
@@ -416,7 +417,7 @@ def test_connections_still_work_with_everything_on(start: StartWorker, peers: Pe
     with Echo(server):
         tcp: Worker = start(Protocol.TCP, destination(server), sandbox=Sandbox.REQUIRED)
         for _ in range(50):
-            with socket.create_connection(("127.0.0.1", tcp.port), PATIENCE_S) as client:
+            with socket.create_connection(("127.0.0.1", tcp.port), TIMEOUT_S) as client:
                 client.sendall(b"hello")
                 assert read_exactly(client, 5) == b"hello"
     udp: Worker = start(Protocol.UDP, destination(datagrams), sandbox=Sandbox.REQUIRED)
@@ -426,5 +427,5 @@ def test_connections_still_work_with_everything_on(start: StartWorker, peers: Pe
         data, source = datagrams.recvfrom(100)
         datagrams.sendto(data, source)
         assert client.recv(100) == b"%d" % number
-    handle: Handle = udp.handle
+    handle: WorkerProcess = udp.handle
     assert handle.sandbox

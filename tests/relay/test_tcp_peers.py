@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from ambassador import sockets
 from ambassador.control import Destination
+from ambassador.supervise import sockets
 from tests.docker.engine import HostAmbassador
 
 from .borrowed import borrowed, peer_of, sockets_of

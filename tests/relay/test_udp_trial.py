@@ -13,7 +13,7 @@ from ambassador.control import Destination
 
 from .conftest import Start
 from .datagrams import datagram, number_of, numbers, receive
-from .harness import PATIENCE_S, check_udp_counters
+from .harness import TIMEOUT_S, check_udp_counters
 from .peers import Peers
 
 
@@ -28,7 +28,7 @@ def reserved() -> Iterator[int]:
 
 def listen(port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(PATIENCE_S)
+    sock.settimeout(TIMEOUT_S)
     sock.bind(("127.0.0.1", port))
     return sock
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from ambassador import sockets
 from ambassador._worker import COUNTERS_BYTES, EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
 from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
 from ambassador.model import Protocol
-from ambassador.nursery import Nursery
-from ambassador.titles import title_of
+from ambassador.supervise import sockets
+from ambassador.supervise.forkserver import ForkServer
+from ambassador.system.titles import title_of
 
 from .conftest import Start as StartWorker
 from .harness import Worker, Yard, bind_free, is_gone, stopped, wait_until
@@ -112,18 +112,18 @@ def test_descriptors_are_exactly_those_allowed(start: Callable[..., Worker], pee
             assert found[max(found)] == "anon_inode:[eventpoll]"
 
 
-def test_the_nursery_keeps_no_descriptor_of_a_worker(
+def test_the_fork_server_keeps_no_descriptor_of_a_worker(
     yard: Yard,
 ) -> None:
-    """W7, C13: fifty workers come and go; the nursery has as many descriptors as before."""
+    """W7, C13: fifty workers come and go; the fork server has as many descriptors as before."""
 
     def count() -> int:
-        return len(list(Path(f"/proc/{yard.nursery.pid}/fd").iterdir()))
+        return len(list(Path(f"/proc/{yard.fork_server.pid}/fd").iterdir()))
 
     before = count()
     for _ in range(50):
         Worker(yard, Protocol.TCP).close()
-    wait_until(lambda: count() == before, "the nursery keeps descriptors")
+    wait_until(lambda: count() == before, "the fork server keeps descriptors")
 
 
 # --------------------------------------------------------------------------------------------- control
@@ -293,22 +293,22 @@ def test_the_title_says_who_it_is(start_tcp: StartWorker) -> None:
 
 PARENT = """
 import signal, sys
-from ambassador import sockets
+from ambassador.supervise import sockets
 from ambassador.control import Repoint, Start
 from ambassador.model import Listener, Protocol
-from ambassador.nursery import Forked, Nursery
-from ambassador.worker import Handle
+from ambassador.supervise.forkserver import Forked, ForkServer
+from ambassador.supervise.worker import Handle
 import select
-nursery = getattr(Nursery, sys.argv[1])()
-print(nursery.pid)
+fork_server = getattr(ForkServer, sys.argv[1])()
+print(fork_server.pid)
 for text in sys.argv[2:]:
     protocol, port = text.split(":")
     listener = Listener(int(port), Protocol(protocol))
     sock = sockets.bind(listener)
     handle = Handle(Start(listener), Repoint(1))
-    nursery.request(handle.lend(sock.fileno()))
-    select.select([nursery], [], [])
-    forked = nursery.receive()
+    fork_server.request(handle.lend(sock.fileno()))
+    select.select([fork server], [], [])
+    forked = fork_server.receive()
     handle.born(forked.pid, forked.pidfd)
     print(forked.pid)
 sys.stdout.flush()
@@ -318,7 +318,7 @@ signal.pause()
 
 @pytest.mark.parametrize("made", ["fork", "launch"])
 def test_the_parent_is_killed(tools: None, made: str) -> None:
-    """P1: SIGKILL of the parent: nursery and workers are gone within a second, even a stopped one."""
+    """P1: SIGKILL of the parent: fork server and workers are gone within a second, even a stopped one."""
     listeners = []
     for protocol in (Protocol.TCP, Protocol.UDP, Protocol.TCP, Protocol.UDP):
         listener, sock = bind_free(protocol)
@@ -339,9 +339,9 @@ def test_the_parent_is_killed(tools: None, made: str) -> None:
                 sockets.bind(listener).close()
 
 
-def test_the_nursery_is_let_go(peers: Peers) -> None:
-    """P1: when its parent closes the socket the nursery ends, and takes its workers with it."""
-    yard = Yard(Nursery.launch())
+def test_the_fork_server_is_let_go(peers: Peers) -> None:
+    """P1: when its parent closes the socket the fork server ends, and takes its workers with it."""
+    yard = Yard(ForkServer.launch())
     worker = Worker(yard, Protocol.TCP)
     with worker.stopped():
         yard.close()
@@ -350,14 +350,14 @@ def test_the_nursery_is_let_go(peers: Peers) -> None:
     worker.listener.close()
 
 
-def test_the_nursery_is_killed(peers: Peers) -> None:
-    """W1: the nursery's death costs nothing: its workers go on, and end with their parent's pipe."""
-    yard = Yard(Nursery.launch())
+def test_the_fork_server_is_killed(peers: Peers) -> None:
+    """W1: the fork server's death costs nothing: its workers go on, and end with their parent's pipe."""
+    yard = Yard(ForkServer.launch())
     server = peers.server()
     worker = Worker(yard, Protocol.TCP, destination(server))
     client, backend = peers.pair(worker, server)
-    os.kill(yard.nursery.pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(yard.nursery.pid), "the nursery does not die")
+    os.kill(yard.fork_server.pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(yard.fork_server.pid), "the fork server does not die")
     client.sendall(b"x")
     assert read_exactly(backend, 1) == b"x"
     peers.pair(worker, server)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ambassador._worker import BACKENDS_WORD, COUNTERS_BYTES, FIRST_COUNTER, GENERATION_WORD
 from ambassador.model import Protocol
-from ambassador.worker import COUNTERS
+from ambassador.supervise.worker import COUNTERS
 
 _COMMON = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
 
@@ -44,7 +44,7 @@ def descriptors(pid: int) -> list[str]:
 
 
 def private_kb(pid: int) -> int:
-    """The memory that is its own: 5 % of what is shared with the nursery would hide any leak."""
+    """The memory that is its own: 5 % of what is shared with the fork server would hide any leak."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(size) for size in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
 

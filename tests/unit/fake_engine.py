@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ambassador.discovery import Discovery
-from ambassador.follower import EngineError, NoSuchContainer
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.api import EngineError, NoSuchContainer
 from ambassador.model import Listener, Protocol
 
 DOCUMENTS = json.loads((Path(__file__).parent / "documents" / "engine-20.10.json").read_text())
 REDIS = frozenset({Listener(6379, Protocol.TCP)})
-GONE = EngineError("nobody listens on /x.sock", cheap=True)
+GONE = EngineError("nobody listens on /x.sock", retry_is_cheap=True)
 
 
 def container(name: str, address: str = "10.0.0.2", ident: str = "", **state: Any) -> Any:
@@ -145,4 +145,4 @@ def settle(world: World) -> None:
             return
 
 
-Start = Callable[..., Discovery]
+Start = Callable[..., DockerSource]

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ambassador.goflags import (
+from ambassador.cli.goflags import (
     Flag,
     FlagError,
     HelpRequested,

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,30 +106,3 @@ def death(event: Any) -> tuple[str, int] | None:
     if event.get("Action") not in ("die", "died") or not isinstance(at, int):
         return None
     return event["Actor"]["ID"], at
-
-
-class Backoff:
-    """Delays that double from `first` to `cap`, each shortened by a random part of up to a half.
-
-    The randomness keeps many ambassadors from asking a restarted daemon in step.
-    """
-
-    def __init__(
-        self,
-        first: float,
-        cap: float,
-        *,
-        fraction: Callable[[], float] = random.random,
-    ) -> None:
-        self._first = first
-        self._cap = cap
-        self._fraction = fraction
-        self._delay = first
-
-    def next(self, cap: float | None = None) -> float:
-        delay = min(self._delay, self._cap if cap is None else min(cap, self._cap))
-        self._delay = min(self._delay * 2, self._cap)
-        return delay * (1 - self._fraction() / 2)
-
-    def reset(self) -> None:
-        self._delay = self._first
