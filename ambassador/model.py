@@ -3,76 +3,80 @@
 Invariants:
 
 - A value here never changes and owns nothing: no descriptor, no process, no connection to Docker.
-- A `Backend` always has an address that parses as an IP literal. An empty address, which Docker
-  reports for a container that is not (yet) on a network, cannot be represented, so it is never dialled.
-- Two backends are equal only if they are the same container *run*: `container_id` and `started_at`
-  are part of the value, so a restart that keeps its address is still a different backend.
+- A `Backend` always has an address that parses as an IP literal. An empty address, which Docker reports for
+  a container that is not (yet) on a network, cannot be represented, so it is never dialled.
+- Two backends are equal only if they are the same container *run*: `container` and `run` are part of the
+  value, so a restart that keeps its address is still a different backend.
 """
 
 from __future__ import annotations
 
-import enum
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-
-class Protocol(enum.StrEnum):
-    """A transport protocol that can be relayed."""
-
-    TCP = "tcp"
-    UDP = "udp"
-
-
-class Sandbox(enum.StrEnum):
-    """Whether workers give up what they do not need, and what it means when they cannot."""
-
-    AUTO = "auto"  # as much as can be had; one warning where something is lacking
-    REQUIRED = "required"
-    OFF = "off"
-
-
-class ProcessState(enum.Enum):
-    """What a process is doing, as far as it matters to who waits for it."""
-
-    RUNNING = enum.auto()  # or would, if there were a processor or a disk for it
-    WAITING = enum.auto()  # for something; or it is stopped
-    ENDED = enum.auto()
+from ambassador.options import ListenerOptions
+from ambassador.values import Protocol
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Listener:
-    """One accepting socket: a port (1 to 65535) and a protocol. Written `6379/tcp`."""
+class ListenAddress:
+    """What a listener takes: a protocol, a range of ports and an address. The key of everything.
 
-    port: int
+    `last_port` 0 stands for `first_port`. `address` "" is every address of both families, else an IP literal.
+    Written `6379/tcp`, `30000-30010/udp`, `127.0.0.1:5432/tcp`. Raises ValueError for what no socket can have.
+    """
+
     protocol: Protocol
+    first_port: int
+    last_port: int = 0
+    address: str = ""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"port {self.port} is not between 1 and 65535")
+        if not self.last_port:
+            object.__setattr__(self, "last_port", self.first_port)
+        for port in (self.first_port, self.last_port):
+            if not 1 <= port <= 65535:
+                raise ValueError(f"port {port} is not between 1 and 65535")
+        if self.last_port < self.first_port:
+            raise ValueError(f"ports {self.first_port}-{self.last_port} run backwards")
+        if self.address:
+            ipaddress.ip_address(self.address)
+
+    @property
+    def ports(self) -> str:
+        """`6379`, or `30000-30010`."""
+        if self.first_port == self.last_port:
+            return str(self.first_port)
+        return f"{self.first_port}-{self.last_port}"
 
     def __str__(self) -> str:
-        return f"{self.port}/{self.protocol}"
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.ports}/{self.protocol}" if host else f"{self.ports}/{self.protocol}"
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One address behind a listener, bound to one run of one container.
 
-    `container_id` and `started_at` (Docker's `State.StartedAt`, compared as text) are empty for a
-    fixed address. Raises ValueError where `address` is not an IP literal or the port is out of range.
+    `port` answers `first_port` of the listener; a range keeps the distance. `container` and `run` (Docker's
+    `State.StartedAt`, compared as text) are empty for a fixed address. A backend of `weight` 0 keeps what is
+    open and gets nothing new. Raises ValueError if `address` is no IP literal or a number is out of range.
     """
 
     address: str
     port: int
-    container_id: str = ""
-    started_at: str = ""
+    container: str = ""
+    run: str = ""
+    weight: int = 1
 
     def __post_init__(self) -> None:
         ipaddress.ip_address(self.address)
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is not between 1 and 65535")
+        if not 0 <= self.weight <= 65535:
+            raise ValueError(f"weight {self.weight} is not between 0 and 65535")
 
     def __str__(self) -> str:
         host = f"[{self.address}]" if ":" in self.address else self.address
@@ -80,35 +84,67 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """What one listener should do: relay to these backends, or hold where there are none."""
+class AccessRule:
+    """Whether clients of a network may connect. Carried to workers, which do not obey it yet.
 
-    listener: Listener
-    target: str
+    Raises ValueError if `network` is not an IP network in its shortest form, such as 10.0.0.0/8.
+    """
+
+    network: str
+    allow: bool
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_network(self.network)
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerSpec:
+    """What one listener should do: relay to these backends, or hold if there are none."""
+
+    listen: ListenAddress
+    target: str  # for people: logs, titles, metrics
+    origin: str = ""  # who asked: "-name", "relay", later "label of web"
     backends: tuple[Backend, ...] = ()
+    options: ListenerOptions = field(default_factory=ListenerOptions)
+    access: tuple[AccessRule, ...] = ()  # most specific first
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One running container of a target, and where it is reached.
+
+    `run` is Docker's `State.StartedAt`. `weight` 0 keeps what is open and gets nothing new.
+    """
+
+    container: str
+    run: str
+    address: str
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
     """What Docker says of one target at one moment.
 
-    `address` is None while the target cannot be relayed to: absent, stopped, restarting, or on no
-    network that the ambassador shares. `exposed` outlives the container: the ports of the last run
-    stay while the target is gone, so that its listeners stay too. `problem` is one line for the
-    log, which says what to do; empty where there is nothing to say.
+    `ports` says which listeners the target wants, and the target port behind the first port of each. They
+    outlive the container: the ports of the last run stay while the target is gone, so its listeners stay too.
+    `replicas` is empty while the target cannot be relayed to: absent, stopped, restarting, or on no network
+    that the ambassador shares. `problem` is one line for the log, which says what to do; "" if there is none.
     """
 
     target: str
-    exposed: frozenset[Listener] = frozenset()
-    address: str | None = None
-    container_id: str = ""
-    started_at: str = ""
+    ports: Mapping[ListenAddress, int] = field(default_factory=lambda: MappingProxyType({}))
+    replicas: tuple[Replica, ...] = ()
+    options: ListenerOptions | None = None  # None: those of the command line
+    access: tuple[AccessRule, ...] = ()
     problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """The whole of what should run, and where targets are in each other's way (a line each)."""
+    """The whole of what should run, and what stands in the way of the rest (a line each)."""
 
-    routes: Mapping[Listener, Route] = field(default_factory=lambda: MappingProxyType({}))
+    listeners: Mapping[ListenAddress, ListenerSpec] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
     problems: tuple[str, ...] = ()

@@ -297,7 +297,7 @@ from ambassador.supervise import sockets
 from ambassador.control import Repoint, Start
 from ambassador.model import Listener, Protocol
 from ambassador.supervise.forkserver import Forked, ForkServer
-from ambassador.supervise.worker import Handle
+from ambassador.supervise.worker import WorkerProcess
 import select
 fork_server = getattr(ForkServer, sys.argv[1])()
 print(fork_server.pid)
@@ -305,11 +305,11 @@ for text in sys.argv[2:]:
     protocol, port = text.split(":")
     listener = Listener(int(port), Protocol(protocol))
     sock = sockets.bind(listener)
-    handle = Handle(Start(listener), Repoint(1))
-    fork_server.request(handle.lend(sock.fileno()))
-    select.select([fork server], [], [])
+    handle = WorkerProcess(Start(listener), Repoint(1))
+    fork_server.request(handle.passed_fds(sock.fileno()))
+    select.select([fork_server], [], [])
     forked = fork_server.receive()
-    handle.born(forked.pid, forked.pidfd)
+    handle.started(forked.pid, forked.pidfd)
     print(forked.pid)
 sys.stdout.flush()
 signal.pause()
