@@ -40,7 +40,9 @@ from ambassador.cli.goflags import (
     quote,
     usage,
 )
-from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
+from ambassador.model import Backend, Listener, Route
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 MAX_DURATION_MS = 1000 * 3_600_000

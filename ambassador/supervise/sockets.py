@@ -15,7 +15,8 @@ import errno
 import socket
 import struct
 
-from ambassador.model import Listener, Protocol
+from ambassador.model import ListenAddress
+from ambassador.values import Protocol
 
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 10
@@ -36,7 +37,7 @@ IP_RECVTTL = 12
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
 
-def bind(listener: Listener, *, gro: bool = True, shared: bool = False) -> socket.socket:
+def bind(listener: ListenAddress, *, gro: bool = True, shared: bool = False) -> socket.socket:
     """A socket that takes what is sent to `listener`; the caller owns and closes it.
 
     `gro` lets the kernel hand over runs of equal datagrams at once (UDP_GRO, udp(7)); `shared` lets
@@ -51,7 +52,7 @@ def bind(listener: Listener, *, gro: bool = True, shared: bool = False) -> socke
         return _bind(socket.AF_INET, listener, gro, shared)
 
 
-def bind_group(listener: Listener, workers: int) -> list[socket.socket]:
+def bind_group(listener: ListenAddress, workers: int) -> list[socket.socket]:
     """Sockets for `workers` workers: for TCP one, from which all accept; for UDP one to each.
 
     The kernel shares UDP clients out between them and keeps each where it is. As `bind` otherwise.
@@ -73,7 +74,7 @@ def bind_group(listener: Listener, workers: int) -> list[socket.socket]:
 
 
 def _bind(
-    family: socket.AddressFamily, listener: Listener, gro: bool, shared: bool
+    family: socket.AddressFamily, listener: ListenAddress, gro: bool, shared: bool
 ) -> socket.socket:
     tcp = listener.protocol is Protocol.TCP
     sock = socket.socket(family, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
@@ -87,7 +88,7 @@ def _bind(
             _prepare_stream(sock)
         else:
             _prepare_datagram(sock, family, gro)
-        sock.bind(("", listener.port))
+        sock.bind((listener.address, listener.first_port))
         if tcp:
             sock.listen(BACKLOG)
     except BaseException:

@@ -30,7 +30,10 @@ from types import FrameType
 
 from ambassador import control
 from ambassador._worker import EXIT_NO_SANDBOX
-from ambassador.model import DesiredState, Listener, ProcessState, Protocol, Sandbox
+from ambassador.model import DesiredState, Listener
+from ambassador.system.processes import ProcessState
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 from ambassador.reconcile import Repoint, Start, Stop, plan
 from ambassador.supervise import sandbox
 from ambassador.supervise.forkserver import Exited, Forked, ForkServer, ForkServerGone

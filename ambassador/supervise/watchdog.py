@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ambassador.model import ProcessState
+from ambassador.system.processes import ProcessState
 
 TIMEOUT_S = 3.0
 """A worker that is well beats every 2 s (BEAT_MS of _common.pxd); stopped, it is replaced within 5 s."""

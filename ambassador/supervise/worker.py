@@ -25,7 +25,8 @@ from ambassador._worker import (
     SANDBOX_WORD,
 )
 from ambassador.control import Drain, Record, Repoint, Start, pack
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}

@@ -24,7 +24,9 @@ from ambassador.cli.arguments import (
     relay_usage,
 )
 from ambassador.control import MAX_SLOTS, Drain, Start, Unpacker, pack
-from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
+from ambassador.model import Backend, Listener, Route
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 
 HOME = {"HOME": "/home/me"}
 
