@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ambassador import options
 from ambassador.counters import COUNTERS
-from ambassador.options import ListenerOptions, ProgramOptions, Row, all_rows, rows
-from ambassador.values import Protocol
+from ambassador.options import Row, all_rows, rows
 
 _HELP = "-help", "print this text"
 
@@ -63,107 +63,83 @@ def relay_usage() -> str:
     )
 
 
-REFERENCE = """# Reference
-
-Printed by `make reference` from `ambassador/options.py` and `ambassador/counters.py`. Do not edit.
-
-## Options
-
-A flag beats its variable, and a variable beats the default. An empty variable is not set. A label is for a
-later version: nothing reads it yet. DURATION is written as Go does: `10s`, `500ms`, `1m30s`. A flag without
-a value is true; write `-wait=false` for false. The variable of a repeatable flag takes several values, with
-commas or spaces between. `relay` takes the flags that are marked with *.
-
-{options}
-"Takes" says what it takes to change the option of a live target.
-
-## Limits
-
-No flag sets them.
-
-{limits}
-## Counters
-
-Each worker counts. A gauge says what is so now; all others only rise.
-
-{counters}"""
-
-
-def _table(head: str, lines: Iterable[tuple[str, ...]]) -> str:
-    columns = head.split(", ")
-    text = [columns, ["---"] * len(columns), *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in text)
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else ""
-
-
 def _bounds(row: Row) -> str:
     if row.low is None or row.high is None:
         return ""
-    return f"{row.kind.show(row.low)} to {row.kind.show(row.high)}"
+    return f"{row.show(row.low)} to {row.show(row.high)}"
 
 
-def _default(row: Row) -> str:
-    return row.shown or row.show(row.default) if isinstance(row.default, bool) else row.shown
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "Flag": lambda row: f"`-{row.key}`" + (" *" if row.relay else ""),
+    "Name": lambda row: f"`{row.name}`",
+    "Variable": lambda row: f"`{row.variable}`",
+    "Label": lambda row: f"`{row.label}`" if row.label else "",
+    "Value": lambda row: row.metavar or "true, false",
+    "Default": lambda row: row.shown or ("" if row.metavar else row.show(row.default)),
+    "Bounds": _bounds,
+    "Protocols": lambda row: ", ".join(sorted(row.protocols)),
+    "A change takes": lambda row: row.change.value,
+    "What it does": lambda row: row.doc,
+}
 
 
-def _takes(row: Row) -> str:
-    return "a restart" if row in rows(ProgramOptions) else row.change.value
-
-
-def _protocols(row: Row) -> str:
-    if row not in rows(ListenerOptions):
-        return ""
-    return ", ".join(protocol for protocol in Protocol if protocol in row.protocols)
-
-
-def _option(row: Row) -> tuple[str, ...]:
-    return (
-        _code(f"-{row.key}") + (" *" if row.relay else ""),
-        _code(row.variable),
-        _code(row.label),
-        row.metavar,
-        _default(row),
-        _bounds(row),
-        _protocols(row),
-        _takes(row),
-        row.doc,
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "".join(
+        f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines)
     )
+
+
+def _options(cls: type, columns: str, flagged: bool = True) -> str:
+    """The rows of a class, with these columns of `_COLUMNS`."""
+    names = columns.split(", ")
+    found = sorted((row for row in rows(cls) if row.flagged == flagged), key=lambda row: row.key)
+    return _table(names, [[_COLUMNS[name](row) for name in names] for row in found])
 
 
 def reference() -> str:
     """The text of docs/reference.md."""
-    table = sorted(all_rows(), key=lambda row: row.key)
-    return REFERENCE.format(
-        options=_table(
-            "Flag, Variable, Label, Value, Default, Bounds, Protocols, Takes, What it does",
-            [_option(row) for row in table if row.flagged],
-        ),
-        limits=_table(
-            "Name, Default, Bounds, Protocols, What it does",
-            [
-                (_code(row.name), _default(row), _bounds(row), _protocols(row), row.doc)
-                for row in table
-                if not row.flagged
-            ],
-        ),
-        counters=_table(
-            "Counter, Protocol, Kind, Unit, What it counts",
-            [
-                (
-                    _code(each.name),
-                    protocol,
-                    "gauge" if each.gauge else "total",
-                    each.unit,
-                    each.help,
-                )
-                for protocol, counters in COUNTERS.items()
-                for each in counters
-            ],
-        ),
+    listener, target, program = options.OPTION_CLASSES
+    counters = _table(
+        ("Counter", "Protocol", "Kind", "Unit", "What it counts"),
+        [
+            (f"`{one.name}`", protocol, "gauge" if one.gauge else "total", one.unit, one.help)
+            for protocol, counters in COUNTERS.items()
+            for one in counters
+        ],
     )
+    return f"""# Reference
+
+Printed by `make reference` from `ambassador/options.py` and `ambassador/counters.py`. Do not edit.
+
+A flag beats its variable, and a variable beats the default. An empty variable is not set. DURATION is
+written as in Go: `10s`, `500ms`, `1m30s`. A flag without a value is true: `-wait=false` is false.
+`relay` takes the flags that are marked with *.
+
+## The program
+
+The variable of a repeatable flag takes several values, with commas or spaces between.
+
+{_options(program, "Flag, Variable, Value, Default, What it does")}
+## Targets
+
+No label is read yet.
+
+{_options(target, "Flag, Variable, Label, Value, Default, What it does")}
+## Listeners
+
+"A change takes" is what a new value needs while the listener runs.
+
+{_options(listener, "Flag, Variable, Label, Value, Default, Bounds, Protocols, A change takes, What it does")}
+## Limits of listeners
+
+No flag sets these.
+
+{_options(listener, "Name, Default, Bounds, Protocols, A change takes, What it does", False)}
+## Counters
+
+Each worker counts. A gauge says what is so now; a total only rises.
+
+{counters}"""
 
 
 if __name__ == "__main__":
