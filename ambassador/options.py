@@ -41,7 +41,6 @@ HOURS_1000 = 1000 * 3_600_000
 
 TCP = frozenset({Protocol.TCP})
 UDP = frozenset({Protocol.UDP})
-BOTH = TCP | UDP
 
 
 class Sandbox(enum.StrEnum):
@@ -61,29 +60,23 @@ class Change(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One option of the table.
-
-    `low` and `high` bound the value, both included. `wire` is its number in an Update record, 0 if workers do
-    not get it. `labelled`: a container's label may set it. `flagged` is False for limits that only tests
-    change. `relay` is False if it is of use with Docker only. `shown` is the default as people read it;
-    `metavar` names the value in the help, "" if none is needed.
-    """
+    """One option of the table."""
 
     name: str
     kind: Kind[Any]
     default: Any
     doc: str
-    low: int | None
-    high: int | None
-    wire: int
-    protocols: frozenset[Protocol]
-    change: Change
-    labelled: bool
-    flagged: bool
-    relay: bool
-    repeatable: bool
-    shown: str
-    metavar: str
+    shown: str  # the default as people read it
+    metavar: str  # the value in the help, "" if none is needed
+    low: int | None = None  # both bounds are included
+    high: int | None = None
+    wire: int = 0  # the number in an Update record, 0 if workers do not get it
+    protocols: frozenset[Protocol] = TCP | UDP
+    change: Change = Change.LIVE
+    label: bool = False  # a container's label may set it
+    flag: bool = True  # False: only tests change it
+    relay: bool = True  # False: of use with Docker only
+    repeatable: bool = False
 
     @property
     def key(self) -> str:
@@ -93,12 +86,12 @@ class Row:
     @property
     def variable(self) -> str:
         """The environment variable: `AMBASSADOR_IDLE_TIMEOUT`; "" if there is none."""
-        return f"AMBASSADOR_{self.name.upper()}" if self.flagged else ""
+        return f"AMBASSADOR_{self.name.upper()}" if self.flag else ""
 
     @property
-    def label(self) -> str:
+    def label_key(self) -> str:
         """The container's label: `ambassador.idle-timeout`; "" if there is none."""
-        return f"ambassador.{self.key}" if self.labelled else ""
+        return f"ambassador.{self.key}" if self.label else ""
 
     def parse(self, text: str) -> Any:
         """The value of one text. Raises ValueError, which says what to write."""
@@ -113,41 +106,10 @@ class Row:
         return tuple(dict.fromkeys(values)) if self.repeatable else values[-1]
 
 
-def option(
-    kind: Kind[Any],
-    default: Any,
-    doc: str,
-    *,
-    low: int | None = None,
-    high: int | None = None,
-    wire: int = 0,
-    protocols: frozenset[Protocol] = BOTH,
-    change: Change = Change.LIVE,
-    label: bool = False,
-    flag: bool = True,
-    relay: bool = True,
-    repeatable: bool = False,
-    shown: str | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """A field of an option class. `rows` makes a Row of it, whose docstring explains each part."""
-    row = {
-        "kind": kind,
-        "default": default,
-        "doc": doc,
-        "low": low,
-        "high": high,
-        "wire": wire,
-        "protocols": protocols,
-        "change": change,
-        "labelled": label,
-        "flagged": flag,
-        "relay": relay,
-        "repeatable": repeatable,
-        "shown": kind.show(default) if shown is None else shown,
-        "metavar": kind.metavar if metavar is None else metavar,
-    }
-    return field(default=default, metadata=row)
+def option(kind: Kind[Any], default: Any, doc: str, **more: Any) -> Any:
+    """A field of an option class; `more` is what Row has besides. `rows` makes a Row of it."""
+    row = {"shown": kind.show(default), "metavar": kind.metavar, **more}
+    return field(default=default, metadata={"kind": kind, "default": default, "doc": doc, **row})
 
 
 # A row takes two or three lines, not ten.
@@ -275,4 +237,4 @@ def read_variables(start: T, environment: Mapping[str, str], names: Collection[s
 
 def read_labels(start: T, labels: Mapping[str, str]) -> T:
     """`start`, changed by a container's `ambassador.*` labels. Only rows with a label can be set."""
-    return read(start, labels, lambda row: row.label, "label ")
+    return read(start, labels, lambda row: row.label_key, "label ")

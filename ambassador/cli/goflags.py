@@ -33,7 +33,7 @@ class Parsed:
 
 def parse(rows: Iterable[Row], arguments: Sequence[str]) -> Parsed:
     """Read the flags at the start of `arguments`. Raises ValueError or HelpRequested."""
-    flags = {row.key: row for row in rows if row.flagged}
+    flags = {row.key: row for row in rows if row.flag}
     given: dict[str, list[Any]] = {}
     left = list(arguments)
     while left and len(left[0]) >= 2 and left[0][0] == "-":

@@ -18,7 +18,7 @@ def flag_lines(flags: Iterable[Row]) -> str:
     """The flags, one line each: name, value, meaning, default; sorted by name."""
     lines = dict((_HELP,))
     for row in flags:
-        if row.flagged:
+        if row.flag:
             default = f" (default {row.shown})" if row.shown else ""
             lines[f"-{row.key} {row.metavar}".rstrip()] = row.doc + default
     width = max(map(len, lines))
@@ -73,7 +73,7 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "Flag": lambda row: f"`-{row.key}`" + (" *" if row.relay else ""),
     "Name": lambda row: f"`{row.name}`",
     "Variable": lambda row: f"`{row.variable}`",
-    "Label": lambda row: f"`{row.label}`" if row.label else "",
+    "Label": lambda row: f"`{row.label_key}`" if row.label else "",
     "Value": lambda row: row.metavar or "true, false",
     "Default": lambda row: row.shown or ("" if row.metavar else row.show(row.default)),
     "Bounds": _bounds,
@@ -89,10 +89,10 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _options(cls: type, columns: str, flagged: bool = True) -> str:
+def _options(cls: type, columns: str, flag: bool = True) -> str:
     """The rows of a class, with these columns of `_COLUMNS`."""
     names = columns.split(", ")
-    found = sorted((row for row in rows(cls) if row.flagged == flagged), key=lambda row: row.key)
+    found = sorted((row for row in rows(cls) if row.flag == flag), key=lambda row: row.key)
     return _table(names, [[_COLUMNS[name](row) for name in names] for row in found])
 
 

@@ -23,7 +23,7 @@ from ambassador.options import (
 from ambassador.values import BOOL, BYTES, COUNT, DURATION, TEXT, WORKERS
 
 ROUTE = "1/tcp=10.0.0.5:1"
-BOUNDED = [row for row in all_rows() if row.flagged and row.high is not None]
+BOUNDED = [row for row in all_rows() if row.flag and row.high is not None]
 named = pytest.mark.parametrize("row", all_rows(), ids=lambda row: row.name)
 bounded = pytest.mark.parametrize("row", BOUNDED, ids=lambda row: row.name)
 
@@ -52,11 +52,11 @@ def _field(row: Row, flags: list[str], environment: dict[str, str]) -> Any:
 
 
 def by_label(row: Row, text: str) -> Any:
-    return getattr(read_labels(class_of(row)(), {row.label: text}), row.name)
+    return getattr(read_labels(class_of(row)(), {row.label_key: text}), row.name)
 
 
 def ways(row: Row) -> list[Any]:
-    return [by_flag, by_variable] + [by_label] * row.labelled
+    return [by_flag, by_variable] + [by_label] * row.label
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_row_is_whole(row: Row) -> None:
     assert (row.low is None) == (row.high is None)
     assert (row.low is None) == (row.kind not in (DURATION, COUNT, BYTES, WORKERS))
     assert row.protocols
-    assert row.flagged or not row.labelled
+    assert row.flag or not row.label
     assert not row.wire or class_of(row) is ListenerOptions
 
 
@@ -109,7 +109,7 @@ def test_one_past_each_bound_is_refused_in_one_text(row: Row) -> None:
         with pytest.raises(ValueError, match="write") as reason:
             row.parse(text)
         for way, source in zip(
-            ways(row), (f"flag -{row.key}", row.variable, f"label {row.label}"), strict=False
+            ways(row), (f"flag -{row.key}", row.variable, f"label {row.label_key}"), strict=False
         ):
             with pytest.raises((UsageError, ValueError)) as caught:
                 way(row, text)
@@ -119,7 +119,7 @@ def test_one_past_each_bound_is_refused_in_one_text(row: Row) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [row for row in all_rows() if row.flagged and row.kind is BOOL and row.name != "version"],
+    [row for row in all_rows() if row.flag and row.kind is BOOL and row.name != "version"],
     ids=lambda row: row.name,
 )
 def test_booleans(row: Row) -> None:
@@ -144,10 +144,10 @@ def test_sandbox_modes(sandbox: options.Sandbox) -> None:
 @named
 def test_what_has_no_label_or_no_flag_is_not_set(row: Row) -> None:
     text = row.show(row.high) if row.high is not None else "auto"
-    if not row.labelled:
+    if not row.label:
         start = class_of(row)()
         assert read_labels(start, {f"ambassador.{row.key}": text, "": text}) == start
-    if not row.flagged:
+    if not row.flag:
         assert _field(row, [], {f"AMBASSADOR_{row.name.upper()}": text, "": text}) == row.default
         with pytest.raises(UsageError, match="flag provided but not defined"):
             by_flag(row, text)

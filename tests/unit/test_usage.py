@@ -30,9 +30,9 @@ def test_usage_fits_a_terminal(usage: str) -> None:
 
 def test_usage_names_every_flag_and_the_reference_every_row() -> None:
     for row in all_rows():
-        assert (f"\n  -{row.key} " in follow_usage()) == row.flagged
-        assert (f"\n  -{row.key} " in relay_usage()) == (row.flagged and row.relay)
-        for name in (f"-{row.key}", row.variable, row.label) if row.flagged else (row.name,):
+        assert (f"\n  -{row.key} " in follow_usage()) == row.flag
+        assert (f"\n  -{row.key} " in relay_usage()) == (row.flag and row.relay)
+        for name in (f"-{row.key}", row.variable, row.label_key) if row.flag else (row.name,):
             assert not name or f"`{name}`" in reference()
         assert row.doc in reference()
     for counters in COUNTERS.values():
@@ -43,7 +43,7 @@ def test_which_flags_the_two_forms_take() -> None:
     original = {"name", "sock", "wait", "tls", "tlsverify", "tlscert", "tlskey", "tlscacert"}
     both = {"log-level", "hold", "drain", "version", "workers", "sandbox"}
     both |= {"max-connections", "idle-timeout", "half-close-timeout", "udp-timeout"}
-    flags = {row.key: row.relay for row in all_rows() if row.flagged}
+    flags = {row.key: row.relay for row in all_rows() if row.flag}
     assert flags.keys() == original | both | {"network"}
     assert {key for key, relay in flags.items() if relay} == both
 
