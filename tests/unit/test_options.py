@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ambassador import options
+from ambassador import _control, options
 from ambassador.cli.arguments import UsageError, parse_arguments
 from ambassador.cli.usage import follow_usage, reference, relay_usage
 from ambassador.options import (
@@ -87,6 +87,13 @@ def test_names_and_wire_numbers_belong_to_one_row() -> None:
     assert len(set(names)) == len(names) == len(all_rows())
     wire = [row.wire for row in all_rows() if row.wire]
     assert sorted(wire) == list(range(1, len(wire) + 1))
+
+
+def test_every_worker_finds_a_slot() -> None:
+    """The counters of so many workers are mapped, and no more."""
+    row = next(row for row in all_rows() if row.name == "workers")
+    assert row.high is not None
+    assert row.high <= _control.MAX_SLOTS
 
 
 # --- by flag, variable and label ---------------------------------------------------------------
