@@ -187,9 +187,12 @@ def test_a_name_that_no_container_has_is_not_asked_for(server: Server, name: str
     ("answer", "words"),
     [
         (says(403, b"<html>no</html>"), r"forbids GET /containers/web/json \(403\).*CONTAINERS"),
-        (says(404, b"<html>not here</html>"), "with 404.*is this a Docker Engine"),
-        (says(404, b'{"message":"page not found"}'), "is this a Docker Engine"),
-        (says(500, b'{"message":"a\\nb"}'), "answers GET /containers/web/json with 500: a$"),
+        (says(404, b"<html>not here</html>"), "with 404.*: check that -sock names a Docker Engine"),
+        (says(404, b'{"message":"page not found"}'), "check that -sock names a Docker Engine"),
+        (
+            says(500, b'{"message":"a\\nb"}'),
+            "answers GET /containers/web/json with 500: a: see the daemon's log$",
+        ),
         (says(200, b"junk"), "GET /containers/web/json failed"),
         (says(200, b"[]"), "no JSON object"),
         (says(200, b"\xff\xfe{"), "GET /containers/web/json failed"),
