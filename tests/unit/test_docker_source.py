@@ -249,7 +249,7 @@ def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> 
     before = set(threading.enumerate())
     world.containers["web"] = container("web")
     source = start("web", "db", on_change=lambda: changes.append(1))
-    assert len(set(threading.enumerate()) - before) == 4
+    assert len(set(threading.enumerate()) - before) == 5
     began = time.monotonic()
     source.stop()
     assert time.monotonic() - began < 0.5

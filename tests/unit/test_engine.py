@@ -7,6 +7,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from ambassador.engine.api import EngineError, NoSuchContainer
-from ambassador.engine.client import DockerEngine, connect_engine
+from ambassador.engine.client import MAX_KEPT_CONNECTIONS, DockerEngine, connect_engine
 
 Answer = Callable[["Handler"], None]
 
@@ -22,6 +23,11 @@ Answer = Callable[["Handler"], None]
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server | TcpServer
+
+    def setup(self) -> None:
+        self.server.connections += 1
+        self.disable_nagle_algorithm = isinstance(self.server, TcpServer)
+        super().setup()
 
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
@@ -56,19 +62,23 @@ def usual_answers() -> dict[str, Answer]:
 
 class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, path: str) -> None:
         super().__init__(path, Handler)
         self.asked: list[str] = []
+        self.connections = 0
         self.answers = usual_answers()
 
 
 class TcpServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
+        self.connections = 0
         self.answers = usual_answers()
 
 
@@ -82,6 +92,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def connect(server: Server, timeout: float = 5.0) -> DockerEngine:
     return connect_engine(f"unix://{server.server_address!s}", timeout=timeout)
+
+
+def connect_any(server: Server | TcpServer) -> DockerEngine:
+    where = server.server_address
+    host = f"tcp://127.0.0.1:{where[1]}" if isinstance(where, tuple) else f"unix://{where!s}"
+    return connect_engine(host, timeout=30)
 
 
 def says(status: int, body: bytes) -> Answer:
@@ -222,6 +238,48 @@ def test_tcp_is_asked_directly_whatever_proxy_the_environment_names(
         connect_engine(f"tcp://127.0.0.1:{made.server_address[1]}").ping()
         made.shutdown()
     assert made.asked[0] == "GET /_ping" and len(made.asked) == 2
+
+
+# --- kept connections --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[Server, TcpServer])
+def any_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server | TcpServer]:
+    with request.param(str(tmp_path / "s")) if request.param is Server else TcpServer() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+def test_one_connection_serves_every_path(any_server: Server | TcpServer) -> None:
+    any_server.answers["/json"] = says(200, b"{}")
+    engine = connect_any(any_server)
+    engine.ping()
+    before = any_server.connections
+    for number in range(100):
+        engine.inspect_container(f"web{number}")
+    assert any_server.connections == before
+
+
+def test_as_many_connections_are_kept_as_are_said(any_server: Server | TcpServer) -> None:
+    """All at once, twice: the second time no request needs a new connection."""
+    count = MAX_KEPT_CONNECTIONS
+    together = threading.Barrier(count)
+
+    def answer(handler: Handler) -> None:
+        together.wait(20)
+        handler.send(200, b"{}")
+
+    any_server.answers["/json"] = answer
+    engine = connect_any(any_server)
+    made = []
+    for _ in range(2):
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(engine.inspect_container, [f"web{n}" for n in range(count)]))
+        made.append(any_server.connections)
+    assert made[0] >= count
+    assert made[1] == made[0]
+    engine.close()
 
 
 # --- the event stream --------------------------------------------------------------------------

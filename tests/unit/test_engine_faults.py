@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,32 +200,23 @@ def test_garbled_events(server: Server, kind: str) -> None:
     ],
 )
 def test_an_answer_that_is_none(server: Server, path: str, status: int, words: str) -> None:
-    """D9: the program says in one line which endpoint it is and what to do, and goes on trying."""
+    """D9: one line says which endpoint it is and what to do, and the source goes on trying."""
     said = "page not found" if status == 404 else "out of order"
     server.answers = usual_answers() | {
         "/events": lambda handler: chunked(handler, lambda: iter([event("x")])),
         "/web/json": says(200, json.dumps(container("web")).encode()),
         path: says(status, json.dumps({"message": said}).encode()),
     }
-    command = [sys.executable, "-m", "ambassador", "-sock", str(server.server_address)]
-    with subprocess.Popen(
-        [*command, "-name", "web"],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    ) as program:
-        try:
-            assert program.stderr is not None
-            for line in program.stderr:
-                if "level=warning" in line:
-                    break
-            assert words in line.replace('\\"', '"')
-            assert str(server.server_address) in line
-            before = len(server.asked)
-            until(lambda: len(server.asked) > before + 1)
-            assert program.poll() is None
-        finally:
-            program.terminate()
-            rest = program.stderr.read() if program.stderr else ""
-    assert words not in rest, "said twice"
-    assert program.returncode == 0
+    log = Log()
+    source = source_of(server, log)
+    source.start()
+    try:
+        until(lambda: log.having("WARNING"))
+        (line,) = log.having("WARNING")
+        assert words in line
+        assert str(server.server_address) in line
+        before = len(server.asked)
+        until(lambda: len(server.asked) > before + 1)
+        assert len(log.having(words)) == 1, "logged twice"
+    finally:
+        source.stop()
