@@ -29,7 +29,7 @@ def start(world: World, log: Log) -> Iterator[Start]:
         settings: dict[str, Any] = {
             "on_change": lambda: None,
             "log": log.logger(),
-            "debounce": 0.005,
+            "debounce": 0.002,
             "own_id": lambda: None,
         }
         made = DockerSource(world.connect, targets, **(settings | changes))

@@ -141,7 +141,7 @@ def settle(world: World) -> None:
     """Wait until the Engine gets no request for ten debounces."""
     while True:
         before = len(world.calls)
-        time.sleep(0.05)
+        time.sleep(0.02)
         if len(world.calls) == before:
             return
 

@@ -1,4 +1,4 @@
-"""The threads together: whom an event wakes, and what stands while the Engine goes and comes."""
+"""The threads together: which targets an event concerns, and what stays while the Engine is away."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.unit.fake_engine import (
         (b"{}\n", 1, 1),
     ],
 )
-def test_whom_an_event_makes_look(
+def test_which_targets_an_event_concerns(
     world: World, start: Start, data: bytes, web: int, db: int
 ) -> None:
     world.containers = {"web": container("web"), "db": container("db")}
@@ -54,7 +54,7 @@ def test_whom_an_event_makes_look(
     assert (world.inspects("web"), world.inspects("db")) == (web, db)
 
 
-def test_a_target_given_by_id_hears_of_it(world: World, start: Start) -> None:
+def test_an_event_concerns_a_target_given_by_id(world: World, start: Start) -> None:
     ident = "ab" * 32
     short = ident[:12]
     start(short)
@@ -63,7 +63,7 @@ def test_a_target_given_by_id_hears_of_it(world: World, start: Start) -> None:
     until(lambda: world.inspects(short) == 2)
 
 
-def test_a_burst_is_few_looks_and_the_first_is_at_once(world: World, start: Start) -> None:
+def test_a_burst_is_two_inspects_and_the_first_is_at_once(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     start("web", debounce=0.2)
     time.sleep(0.25)
@@ -80,21 +80,21 @@ def test_a_burst_is_few_looks_and_the_first_is_at_once(world: World, start: Star
     assert world.inspects("web") == 2
 
 
-def test_an_event_during_a_look_causes_one_more(world: World, start: Start) -> None:
+def test_an_event_during_an_inspect_causes_one_more(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     source = start("web")
-    looking, go_on = threading.Event(), threading.Event()
+    inspecting, go_on = threading.Event(), threading.Event()
 
     def slow() -> Any:
-        world.containers["web"] = container("web", "10.0.0.5")  # what the next look finds
-        looking.set()
+        world.containers["web"] = container("web", "10.0.0.5")  # the next inspect's answer
+        inspecting.set()
         go_on.wait(5)
         return container("web", "10.0.0.4")
 
     world.containers["web"] = slow
     world.calls.clear()
     world.send(event("web"))
-    assert looking.wait(5)
+    assert inspecting.wait(5)
     for _ in range(10):
         world.send(event("web"))
     time.sleep(0.02)
@@ -104,7 +104,7 @@ def test_an_event_during_a_look_causes_one_more(world: World, start: Start) -> N
     assert world.inspects("web") == 2
 
 
-def test_reconcile_finds_what_no_event_told(world: World, start: Start) -> None:
+def test_reconcile_finds_a_change_without_an_event(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     source = start("web", wait=False, reconcile_every=0.05, ping_every=0.05)
     until(lambda: address_of(source) == "10.0.0.2")
@@ -194,7 +194,7 @@ def test_a_local_socket_is_tried_every_second_at_most_after(
     until(lambda: len(world.connects) >= 20, 2.0)
 
 
-def test_a_new_reason_is_said_but_not_at_once(world: World, start: Start, log: Log) -> None:
+def test_a_new_reason_is_logged_but_not_at_once(world: World, start: Start, log: Log) -> None:
     now = [0.0]
     world.failure = GONE
     start("web", wait=False, clock=lambda: now[0], backoff_max=0.01)

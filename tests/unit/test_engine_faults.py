@@ -23,8 +23,8 @@ from tests.unit.test_engine import Handler, Server, says, server, usual_answers
 __all__ = ["server"]  # the fixture
 
 DAY_NS = 86_400 * 10**9
-BORN = "2026-01-01T00:00:00.5Z"
-BORN_NS = 1_767_225_600_500_000_000
+STARTED = "2026-01-01T00:00:00.5Z"
+STARTED_NS = 1_767_225_600_500_000_000
 
 
 def happened(action: str, ident: str, at: int) -> bytes:
@@ -33,8 +33,8 @@ def happened(action: str, ident: str, at: int) -> bytes:
 
 
 def test_300_events_while_disconnected(world: World, start: Start) -> None:
-    """D5: the Engine replays 256 of them at most; what is taken is what inspect says, after one look."""
-    document = container("web", StartedAt=BORN)
+    """D5: the Engine replays 256 of them at most; one inspect gives the state."""
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
     source = start("web", on_change=lambda: changes.append(None))
@@ -54,7 +54,7 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
     )
     replay = []
     for number in range(150):
-        at = BORN_NS + number * 10**9
+        at = STARTED_NS + number * 10**9
         replay += [happened("start", document["Id"], at), happened("die", document["Id"], at + 1)]
     world.calls.clear()
     go_on.set()
@@ -70,15 +70,15 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
 
 def test_duplicate_reordered_and_future_events(world: World, start: Start) -> None:
     """D11: whatever the order, the number and the dates: in the end it is as inspect says."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     source = start("web", debounce=0.0)
     ident, dice = document["Id"], random.Random(11)
     for number in range(2, 12):
         address = f"10.0.0.{number}"
-        world.containers["web"] = container("web", address, StartedAt=BORN, Pid=number)
+        world.containers["web"] = container("web", address, StartedAt=STARTED, Pid=number)
         pieces = [
-            happened(action, ident, BORN_NS + offset)
+            happened(action, ident, STARTED_NS + offset)
             for action in ("die", "stop", "start", "restart")
             for offset in (-DAY_NS, 0, 1, DAY_NS)
         ] * 2
@@ -92,16 +92,16 @@ def test_duplicate_reordered_and_future_events(world: World, start: Start) -> No
 
 def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -> None:
     """D11: the old run's death, told late and twice, does not touch the new run's connections."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
     source = start("web", on_change=lambda: changes.append(None))
     world.containers["web"] = container("web", "10.0.0.9", StartedAt="2026-01-01T00:00:09Z")
     changes.clear()
-    world.send(happened("start", document["Id"], BORN_NS + 9 * 10**9))
+    world.send(happened("start", document["Id"], STARTED_NS + 9 * 10**9))
     until(lambda: address_of(source) == "10.0.0.9")
     for _ in range(2):
-        world.send(happened("die", document["Id"], BORN_NS + 5 * 10**9))
+        world.send(happened("die", document["Id"], STARTED_NS + 5 * 10**9))
         settle(world)
     assert len(changes) == 1
     assert address_of(source) == "10.0.0.9"

@@ -1,4 +1,4 @@
-"""Parsing the event stream however it is cut, and whom an event concerns."""
+"""Parsing an event stream that is cut anywhere, and the containers of an event."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_deep_nesting_is_junk_not_a_crash() -> None:
     assert parsed(b"[" * 100_000 + b"\n" + b'{"a":1}\n') == [None, {"a": 1}]
 
 
-# --- whom an event is about --------------------------------------------------------------------
+# --- the containers of an event -----------------------------------------------------------------
 
 
 def container_event(**changes: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_podmans_network_event_has_the_container_as_its_id() -> None:
         {"Type": "network", "Actor": {"ID": "n", "Attributes": {"container": {}}}},
     ],
 )
-def test_what_is_not_understood_might_concern_anybody(event: object) -> None:
+def test_an_unknown_event_concerns_every_target(event: object) -> None:
     assert subject(event) is None
 
 

@@ -202,7 +202,7 @@ def test_it_delays_no_known_target(world: World, start: Start, hang: Hang) -> No
     assert world.inspects(OWN["Id"]) == 2, "one request hangs, and no other waits behind it"
 
 
-def test_its_late_answer_still_counts(world: World, start: Start, hang: Hang) -> None:
+def test_its_late_answer_counts(world: World, start: Start, hang: Hang) -> None:
     world.containers = {"web": on_bridge("web", "10.0.0.2"), OWN["Id"]: OWN}
     source = start("web", own_id=lambda: OWN["Id"])
     hang.document = copy.deepcopy(DOCUMENTS["ambassador-user"]) | {"Id": OWN["Id"]}
@@ -265,7 +265,7 @@ def test_stop_does_not_wait_for_it(world: World, start: Start, hang: Hang) -> No
     until(lambda: not set(threading.enumerate()) - before)
 
 
-def test_an_engine_that_comes_late_is_asked_anew(world: World, start: Start) -> None:
+def test_an_engine_that_comes_late_is_asked(world: World, start: Start) -> None:
     world.failure = GONE
     world.containers = {"web": on_bridge("web", "10.0.0.2"), OWN["Id"]: OWN}
     source = start("web", wait=False, own_id=lambda: OWN["Id"])

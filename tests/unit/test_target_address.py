@@ -263,7 +263,7 @@ def test_network_that_the_target_is_not_on(documents: Documents) -> None:
     assert "docker network connect fron it" in state.problem
 
 
-def test_network_that_the_ambassador_is_not_on_is_used_and_told(documents: Documents) -> None:
+def test_network_that_the_ambassador_is_not_on_is_used_with_a_problem(documents: Documents) -> None:
     own_networks = own_networks_of(documents["ambassador-user"])
     state = target_state("it", documents["two-networks"], own_networks, network="front")
     assert state.replicas

@@ -1,4 +1,4 @@
-"""One target's thread: how it looks, what it retries, what it says."""
+"""One target's thread: inspects, retries and log lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.fake_engine import (
     until,
 )
 
-# --- looking -----------------------------------------------------------------------------------
+# --- inspects ----------------------------------------------------------------------------------
 
 
 def test_states_come_in_the_order_of_the_targets(world: World, start: Start) -> None:
@@ -41,12 +41,12 @@ def test_states_come_in_the_order_of_the_targets(world: World, start: Start) -> 
     assert db.ports == REDIS
 
 
-def test_subscribed_before_the_first_look(world: World, start: Start) -> None:
+def test_subscribed_before_the_first_inspect(world: World, start: Start) -> None:
     start("web")
     assert world.calls[:2] == ["events", "inspect web"]
 
 
-def test_one_request_for_a_look(world: World, start: Start) -> None:
+def test_one_request_for_an_inspect(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     start("web")
     assert world.calls == ["events", "inspect web"]
@@ -153,7 +153,7 @@ def test_an_empty_address_is_asked_for_again_without_an_event(world: World, star
     assert world.inspects("web") == 4
 
 
-def test_the_retries_end_and_say_so(
+def test_the_retries_end_with_a_problem(
     world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ambassador.discovery.watcher.RETRY_CAP_S", 0.01)
@@ -174,7 +174,9 @@ def test_the_retries_end_and_say_so(
 # --- errors of one target ----------------------------------------------------------------------
 
 
-def test_an_error_keeps_the_address_and_is_said_once(world: World, start: Start, log: Log) -> None:
+def test_an_error_keeps_the_address_and_is_logged_once(
+    world: World, start: Start, log: Log
+) -> None:
     world.containers["web"] = container("web")
     source = start("web")
     world.containers["web"] = EngineError("answers with 500: broken", status=500)
@@ -208,10 +210,10 @@ def test_a_bug_does_not_end_the_thread(world: World, start: Start, log: Log) -> 
     until(lambda: address_of(source) == "10.0.0.2")
 
 
-# --- what is said ------------------------------------------------------------------------------
+# --- log lines ---------------------------------------------------------------------------------
 
 
-def test_each_change_is_said_once(world: World, start: Start, log: Log) -> None:
+def test_each_change_is_logged_once(world: World, start: Start, log: Log) -> None:
     source = start("web")
 
     def become(document: Any, words: str) -> None:
@@ -219,7 +221,7 @@ def test_each_change_is_said_once(world: World, start: Start, log: Log) -> None:
             world.containers.pop("web", None)
         else:
             world.containers["web"] = document
-        for _ in range(3):
+        for _ in range(2):
             world.send(event("web"))
             settle(world)
         assert len(log.having(words)) == 1, log.lines
@@ -234,7 +236,7 @@ def test_each_change_is_said_once(world: World, start: Start, log: Log) -> None:
     assert source.connected
 
 
-def test_ports_that_are_not_relayed_are_said_once(world: World, start: Start, log: Log) -> None:
+def test_ports_that_are_not_relayed_are_logged_once(world: World, start: Start, log: Log) -> None:
     world.containers["web"] = DOCUMENTS["user-network"]
     start("web")
     world.send(event("web"))
@@ -256,7 +258,7 @@ def test_a_crash_loop_does_not_fill_the_log(world: World, start: Start, log: Log
     assert len([line for line in log.every if "target is running" in line]) > 2 * LOUD_CHANGES
 
 
-def test_a_quiet_minute_later_changes_are_said_again(world: World, start: Start, log: Log) -> None:
+def test_changes_are_logged_again_after_a_minute(world: World, start: Start, log: Log) -> None:
     now = [0.0]
     runs = iter(range(10_000))
     world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
@@ -265,16 +267,16 @@ def test_a_quiet_minute_later_changes_are_said_again(world: World, start: Start,
         before = source.targets()[0]
         world.send(event("web"))
         until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
-    said = len(log.having("target is running"))
+    before_that = len(log.having("target is running"))
     now[0] = 61.0
     world.send(event("web"))
-    until(lambda: len(log.having("target is running")) == said + 1)
+    until(lambda: len(log.having("target is running")) == before_that + 1)
 
 
 # --- a death -----------------------------------------------------------------------------------
 
-BORN = "2026-01-01T00:00:00.5Z"
-BORN_NS = 1_767_225_600_500_000_000
+STARTED = "2026-01-01T00:00:00.5Z"
+STARTED_NS = 1_767_225_600_500_000_000
 
 
 def died(ident: str, at: int) -> bytes:
@@ -284,7 +286,7 @@ def died(ident: str, at: int) -> bytes:
 
 def test_a_death_drops_the_address_before_inspect_answers(world: World, start: Start) -> None:
     """C4: Docker answers inspect only when it has cleaned up behind the container."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     source = start("web")
     assert address_of(source) is not None
@@ -295,7 +297,7 @@ def test_a_death_drops_the_address_before_inspect_answers(world: World, start: S
         return {**document, "State": {**document["State"], "Running": False}}
 
     world.containers["web"] = slow
-    world.send(died(document["Id"], BORN_NS + 1000))
+    world.send(died(document["Id"], STARTED_NS + 1000))
     until(lambda: address_of(source) is None, 1.0)
     assert not cleaned.is_set(), "known while inspect still waits"
     assert source.targets()[0].ports == REDIS
@@ -304,8 +306,8 @@ def test_a_death_drops_the_address_before_inspect_answers(world: World, start: S
     assert address_of(source) is None
 
 
-def test_a_look_that_began_before_the_death_is_not_believed(world: World, start: Start) -> None:
-    document = container("web", StartedAt=BORN)
+def test_an_inspect_from_before_the_death_is_discarded(world: World, start: Start) -> None:
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     source = start("web")
     asked, answer = threading.Event(), threading.Event()
@@ -319,7 +321,7 @@ def test_a_look_that_began_before_the_death_is_not_believed(world: World, start:
     world.containers["web"] = slow
     world.send(event("web"))
     assert asked.wait(5)
-    world.send(died(document["Id"], BORN_NS + 1000))
+    world.send(died(document["Id"], STARTED_NS + 1000))
     until(lambda: address_of(source) is None)
     addresses = set()
     answer.set()
@@ -329,10 +331,10 @@ def test_a_look_that_began_before_the_death_is_not_believed(world: World, start:
     assert addresses == {None}
 
 
-@pytest.mark.parametrize("at", [BORN_NS - 1000, BORN_NS])
-def test_an_old_death_is_no_news(world: World, start: Start, at: int) -> None:
+@pytest.mark.parametrize("at", [STARTED_NS - 1000, STARTED_NS])
+def test_an_old_death_changes_nothing(world: World, start: Start, at: int) -> None:
     """D11: the run that is known began after it; its connections must not be reset."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
     source = start("web", on_change=lambda: changes.append(None))
@@ -344,19 +346,19 @@ def test_an_old_death_is_no_news(world: World, start: Start, at: int) -> None:
     assert address_of(source) is not None
 
 
-def test_somebody_elses_death_is_no_news(world: World, start: Start) -> None:
-    world.containers["web"] = container("web", StartedAt=BORN)
+def test_another_containers_death_changes_nothing(world: World, start: Start) -> None:
+    world.containers["web"] = container("web", StartedAt=STARTED)
     source = start("web")
-    world.send(died("e" * 64, BORN_NS + 1000))
+    world.send(died("e" * 64, STARTED_NS + 1000))
     settle(world)
     assert address_of(source) is not None
 
 
-def test_a_death_that_inspect_denies_is_taken_back(world: World, start: Start) -> None:
-    """Level-triggered all the same: the look has the last word."""
-    document = container("web", StartedAt=BORN)
+def test_an_inspect_that_denies_a_death_restores_the_address(world: World, start: Start) -> None:
+    """Level-triggered: the inspect decides."""
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     source = start("web")
-    world.send(died(document["Id"], BORN_NS + 1000))
+    world.send(died(document["Id"], STARTED_NS + 1000))
     settle(world)
     assert address_of(source) is not None
