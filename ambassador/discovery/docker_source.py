@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from ambassador.backoff import Backoff
 from ambassador.discovery.events import FILTERS, EventParser, death, subject
 from ambassador.discovery.own_networks import OwnNetworksWatcher, read_own_id
+from ambassador.discovery.source import Source
 from ambassador.discovery.watcher import TargetWatcher
 from ambassador.engine.api import Engine, EngineError, EventStream
 from ambassador.model import TargetState
@@ -41,7 +42,7 @@ STOP_S = 0.5
 """How long `stop` waits for the threads."""
 
 
-class DockerSource:
+class DockerSource(Source):
     """The Source of targets that a Docker Engine runs.
 
     `connect` makes a new `Engine`, or raises EngineError. `network` is the value of -network. Durations are
