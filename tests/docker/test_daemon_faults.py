@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.discovery.docker_source import DockerSource, connect_engine
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.client import connect_engine
 from tests.docker.engine import HostAmbassador, Stage, wait_for
 from tests.docker.own_engine import OwnEngine
 from tests.docker.peers import (
@@ -35,7 +36,7 @@ from tests.docker.peers import (
 from tests.docker.processes import descendants, workers_of
 from tests.docker.proxy import GET_ONLY, EngineProxy
 from tests.relay.namespaces import Namespace, linked
-from tests.unit.fake_engine import Log
+from tests.unit.fake_engine import Log, address_of
 
 HERE = "127.0.0.1"
 QUICK_S = 1.0
@@ -79,12 +80,12 @@ class TcpFront:
 
 
 @contextlib.contextmanager
-def followed(discovery: DockerSource) -> Iterator[DockerSource]:
-    discovery.start()
+def followed(source: DockerSource) -> Iterator[DockerSource]:
+    source.start()
     try:
-        yield discovery
+        yield source
     finally:
-        discovery.stop()
+        source.stop()
 
 
 def test_half_open_event_stream(stage: Stage) -> None:
@@ -93,10 +94,9 @@ def test_half_open_event_stream(stage: Stage) -> None:
     db = run_server(stage, "db", f"{PORT}/tcp")
     with linked() as namespace:
         front = TcpFront(namespace, stage.engine.socket)
-        discovery = DockerSource(
+        source = DockerSource(
             lambda: connect_engine(front.address, timeout=QUICK_S),
             [db.name],
-            network=None,
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
@@ -104,18 +104,18 @@ def test_half_open_event_stream(stage: Stage) -> None:
             own_id=lambda: None,
         )
         try:
-            with followed(discovery):
-                wait_for("its address", lambda: discovery.states()[0].address == db.address())
+            with followed(source):
+                wait_for("its address", lambda: address_of(source) == db.address())
                 namespace.drop()
                 begin = time.monotonic()
                 stage.restart_elsewhere(db)  # of which it hears nothing
-                wait_for("the loss to be noticed", lambda: not discovery.connected)
+                wait_for("the loss to be noticed", lambda: not source.connected)
                 assert time.monotonic() - begin < 2 * QUICK_S + 5
                 (line,) = log.having("cannot ask Docker")
                 assert namespace.theirs4 in line
-                assert discovery.states()[0].address is not None, "what is known stands"
+                assert address_of(source), "what is known stands"
                 namespace.restore()
-                wait_for("the new address", lambda: discovery.states()[0].address == db.address())
+                wait_for("the new address", lambda: address_of(source) == db.address())
                 assert len(log.having("connected to Docker again")) == 1
         finally:
             front.close()
@@ -167,23 +167,22 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
     log = Log()
     db = run_server(stage, "db", f"{PORT}/tcp")
     with EngineProxy(tmp_path / "s", stage.engine.socket) as proxy:
-        discovery = DockerSource(
+        source = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
             reconcile_every=QUICK_S,
             own_id=lambda: None,
         )
-        with followed(discovery):
-            wait_for("its address", lambda: discovery.states()[0].address == db.address())
+        with followed(source):
+            wait_for("its address", lambda: address_of(source) == db.address())
             streams = sum("/events" in line for line in proxy.asked)
             proxy.deaf = True
             _, after = stage.restart_elsewhere(db)
             begin = time.monotonic()
-            wait_for("the new address", lambda: discovery.states()[0].address == after)
+            wait_for("the new address", lambda: address_of(source) == after)
             assert time.monotonic() - begin < 2 * QUICK_S + 1
             assert sum("/events" in line for line in proxy.asked) == streams, "the stream ended"
 
@@ -260,7 +259,6 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
         watching = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
             on_change=lambda: None,
             log=Log().logger(),
             ping_every=0.1,

@@ -35,7 +35,7 @@ HERE = "127.0.0.1"
 
 def parent_pid(ambassador: Box) -> int:
     """The first process of a container, as this machine numbers it."""
-    return int(ambassador.discovery.target_address()["State"]["Pid"])
+    return int(ambassador.inspect()["State"]["Pid"])
 
 
 def run_on_host(stage: Stage, *args: str) -> tuple[HostAmbassador, int]:

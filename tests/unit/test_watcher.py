@@ -1,4 +1,4 @@
-"""One target's thread: how it looks, what it retries, what it says."""
+"""One target's thread: inspects, retries and log lines."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from tests.unit.fake_engine import (
     Log,
     Start,
     World,
+    address_of,
     container,
     event,
     settle,
     until,
 )
 
-# --- looking -----------------------------------------------------------------------------------
+# --- inspects ----------------------------------------------------------------------------------
 
 
 def test_states_come_in_the_order_of_the_targets(world: World, start: Start) -> None:
     world.containers = {"web": container("web"), "db": container("db", "10.0.0.3")}
-    discovery = start("web", "nope", "db")
-    web, nope, db = discovery.states()
-    assert (web.target, web.address) == ("web", "10.0.0.2")
+    source = start("web", "nope", "db")
+    web, nope, db = source.targets()
+    assert (web.target, web.replicas[0].address) == ("web", "10.0.0.2")
     assert nope == TargetState("nope")
-    assert (db.target, db.address) == ("db", "10.0.0.3")
-    assert db.exposed == REDIS
+    assert (db.target, db.replicas[0].address) == ("db", "10.0.0.3")
+    assert db.ports == REDIS
 
 
-def test_subscribed_before_the_first_look(world: World, start: Start) -> None:
+def test_subscribed_before_the_first_inspect(world: World, start: Start) -> None:
     start("web")
     assert world.calls[:2] == ["events", "inspect web"]
 
 
-def test_one_request_for_a_look(world: World, start: Start) -> None:
+def test_one_request_for_an_inspect(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     start("web")
     assert world.calls == ["events", "inspect web"]
@@ -59,10 +60,10 @@ def test_on_change_comes_after_the_state_and_only_then(world: World, start: Star
     made: list[DockerSource] = []
     world.containers["web"] = container("web")
     world.failure = GONE
-    made.append(start("web", wait=False, on_change=lambda: seen.append(made[0].states())))
+    made.append(start("web", wait=False, on_change=lambda: seen.append(made[0].targets())))
     world.failure = None
     until(lambda: seen)
-    assert seen[0][0].address == "10.0.0.2"
+    assert seen[0][0].replicas[0].address == "10.0.0.2"
     for _ in range(5):
         world.send(event("web"))
         settle(world)
@@ -70,29 +71,29 @@ def test_on_change_comes_after_the_state_and_only_then(world: World, start: Star
     world.containers["web"] = container("web", "10.0.0.9")
     world.send(event("web"))
     until(lambda: len(seen) == 2)
-    assert seen[1][0].address == "10.0.0.9"
+    assert seen[1][0].replicas[0].address == "10.0.0.9"
 
 
 def test_a_restart_that_keeps_the_address_is_a_change(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web")
+    source = start("web")
     world.containers["web"] = container("web", StartedAt="2027-01-01T00:00:00Z")
     world.send(event("web"))
-    until(lambda: discovery.states()[0].started_at == "2027-01-01T00:00:00Z")
+    until(lambda: source.targets()[0].replicas[0].run == "2027-01-01T00:00:00Z")
 
 
 def test_another_containers_answer_is_not_taken(world: World, start: Start) -> None:
     world.containers["db"] = container("other", ident="db" * 32)
-    discovery = start("db")
-    assert discovery.states() == (TargetState("db"),)
+    source = start("db")
+    assert source.targets() == (TargetState("db"),)
 
 
 def test_gone_keeps_the_ports_and_drops_the_address(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web")
+    source = start("web")
     del world.containers["web"]
     world.send(event("web"))
-    until(lambda: discovery.states()[0] == TargetState("web", REDIS))
+    until(lambda: source.targets()[0] == TargetState("web", REDIS))
 
 
 def test_a_blocked_inspect_delays_its_own_target_only(world: World, start: Start) -> None:
@@ -103,25 +104,25 @@ def test_a_blocked_inspect_delays_its_own_target_only(world: World, start: Start
         return container("stuck")
 
     world.containers = {"stuck": blocked, "web": container("web")}
-    discovery = start("stuck", "web", wait=False)
-    until(lambda: discovery.states()[1].address == "10.0.0.2")
-    assert discovery.states()[0].address is None
+    source = start("stuck", "web", wait=False)
+    until(lambda: address_of(source, 1) == "10.0.0.2")
+    assert address_of(source) is None
     world.containers["web"] = container("web", "10.0.0.7")
     world.send(event("web"))
-    until(lambda: discovery.states()[1].address == "10.0.0.7")
+    until(lambda: address_of(source, 1) == "10.0.0.7")
     release.set()
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    until(lambda: address_of(source) == "10.0.0.2")
 
 
 def test_a_joined_container_is_asked_too_and_its_events_count(world: World, start: Start) -> None:
     owner = copy.deepcopy(DOCUMENTS["user-network"])
     world.containers = {"sidecar": DOCUMENTS["joined"], owner["Id"]: owner}
-    discovery = start("sidecar")
-    assert discovery.states()[0].address == "172.30.0.2"
+    source = start("sidecar")
+    assert address_of(source) == "172.30.0.2"
     world.containers[owner["Id"]] = DOCUMENTS["user-network-stopped"]
     world.send(event("web", ident=owner["Id"]))
-    until(lambda: discovery.states()[0].address is None)
-    assert "web, which is not running" in discovery.states()[0].problem
+    until(lambda: address_of(source) is None)
+    assert "web, which is not running" in source.targets()[0].problem
 
 
 def test_networks_are_asked_for_only_with_several_from_the_host(world: World, start: Start) -> None:
@@ -129,12 +130,12 @@ def test_networks_are_asked_for_only_with_several_from_the_host(world: World, st
     world.containers = {"two": two, "web": container("web")}
     ident = two["NetworkSettings"]["Networks"]["back"]["NetworkID"]
     world.network_list = [{"Id": ident, "Name": "back", "Driver": "overlay"}]
-    discovery = start("two", "web")
+    source = start("two", "web")
     assert world.calls.count("networks") == 1
-    assert discovery.states()[0].address == "172.30.5.2"
+    assert address_of(source) == "172.30.5.2"
     world.network_list = EngineError("forbidden", status=403)
     world.send(event("two"))
-    until(lambda: discovery.states()[0].address == "172.30.0.3")
+    until(lambda: address_of(source) == "172.30.0.3")
 
 
 # --- an address that is not there yet ----------------------------------------------------------
@@ -144,55 +145,57 @@ def test_an_empty_address_is_asked_for_again_without_an_event(world: World, star
     answers = iter([container("web", "")] * 3)
     world.containers["web"] = lambda: next(answers, container("web"))
     began = time.monotonic()
-    discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
-    assert world.looks("web") == 4
+    source = start("web", wait=False)
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert world.inspects("web") == 4
     assert time.monotonic() - began < 1.0
     settle(world)
-    assert world.looks("web") == 4
+    assert world.inspects("web") == 4
 
 
-def test_the_retries_end_and_say_so(
+def test_the_retries_end_with_a_problem(
     world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ambassador.discovery.watcher.RETRY_CAP_S", 0.01)
     monkeypatch.setattr("ambassador.discovery.watcher.RETRY_FIRST_S", 0.01)
     world.containers["web"] = container("web", "")
-    discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].problem)
-    assert "no address" in discovery.states()[0].problem
+    source = start("web", wait=False)
+    until(lambda: source.targets()[0].problem)
+    assert "no address" in source.targets()[0].problem
     settle(world)
-    assert world.looks("web") == RETRIES + 1
+    assert world.inspects("web") == RETRIES + 1
     assert len(log.having("no address")) == 1
     world.containers["web"] = container("web")
     world.send(event("web"))
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
-    assert discovery.states()[0].problem == ""
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert source.targets()[0].problem == ""
 
 
 # --- errors of one target ----------------------------------------------------------------------
 
 
-def test_an_error_keeps_the_address_and_is_said_once(world: World, start: Start, log: Log) -> None:
+def test_an_error_keeps_the_address_and_is_logged_once(
+    world: World, start: Start, log: Log
+) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web")
+    source = start("web")
     world.containers["web"] = EngineError("answers with 500: broken", status=500)
     world.calls.clear()
     world.send(event("web"))
-    until(lambda: world.looks("web") >= 3)  # without further events
-    assert discovery.states()[0].address == "10.0.0.2"
-    assert discovery.states()[0].problem == "answers with 500: broken"
+    until(lambda: world.inspects("web") >= 3)  # without further events
+    assert address_of(source) == "10.0.0.2"
+    assert source.targets()[0].problem == "answers with 500: broken"
     assert len(log.having("500: broken")) == 1
     world.containers["web"] = container("web")
-    until(lambda: discovery.states()[0].problem == "")
+    until(lambda: source.targets()[0].problem == "")
     assert len(log.having("inspect works again")) == 1
 
 
 def test_one_broken_connection_is_not_worth_a_line(world: World, start: Start, log: Log) -> None:
     answers = iter([EngineError("connection reset")])
     world.containers["web"] = lambda: next(answers, container("web"))
-    discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    source = start("web", wait=False)
+    until(lambda: address_of(source) == "10.0.0.2")
     assert not log.having("connection reset")
 
 
@@ -201,79 +204,79 @@ def test_a_bug_does_not_end_the_thread(world: World, start: Start, log: Log) -> 
         raise RuntimeError("oops")
 
     world.containers["web"] = bug
-    discovery = start("web", wait=False)
+    source = start("web", wait=False)
     until(lambda: log.having("unexpected RuntimeError: oops"))
     world.containers["web"] = container("web")
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    until(lambda: address_of(source) == "10.0.0.2")
 
 
-# --- what is said ------------------------------------------------------------------------------
+# --- log lines ---------------------------------------------------------------------------------
 
 
-def test_each_change_is_said_once(world: World, start: Start, log: Log) -> None:
-    discovery = start("web")
+def test_each_change_is_logged_once(world: World, start: Start, log: Log) -> None:
+    source = start("web")
 
     def become(document: Any, words: str) -> None:
         if document is None:
             world.containers.pop("web", None)
         else:
             world.containers["web"] = document
-        for _ in range(3):
+        for _ in range(2):
             world.send(event("web"))
             settle(world)
         assert len(log.having(words)) == 1, log.lines
         log.lines.clear()
 
-    become(None, "no such container: waiting for it")
+    become(None, "no such container, waiting")
     become(container("web"), "target is running")
-    become(container("web", "", Running=False), "not running: waiting for it")
+    become(container("web", "", Running=False), "target is not running, waiting")
     become(container("web", Running=True), "target is running")
     become(DOCUMENTS["exposes-nothing"] | {"Name": "/web"}, "exposes no port")
     become(None, "no such container")
-    assert discovery.connected
+    assert source.connected
 
 
-def test_ports_that_are_not_relayed_are_said_once(world: World, start: Start, log: Log) -> None:
+def test_ports_that_are_not_relayed_are_logged_once(world: World, start: Start, log: Log) -> None:
     world.containers["web"] = DOCUMENTS["user-network"]
     start("web")
     world.send(event("web"))
     settle(world)
-    (line,) = log.having("only TCP and UDP")
+    (line,) = log.having("ports left out, only TCP and UDP")
     assert "3868/sctp" in line
 
 
 def test_a_crash_loop_does_not_fill_the_log(world: World, start: Start, log: Log) -> None:
     runs = iter(range(10_000))
     world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
-    discovery = start("web", debounce=0.0)
+    source = start("web", debounce=0.0)
     for _ in range(3 * LOUD_CHANGES):
-        before = discovery.states()[0]
+        before = source.targets()[0]
         world.send(event("web"))
-        until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
     assert len(log.having("target is running")) == LOUD_CHANGES
     assert len(log.having("changes often")) == 1
     assert len([line for line in log.every if "target is running" in line]) > 2 * LOUD_CHANGES
 
 
-def test_a_quiet_minute_later_changes_are_said_again(world: World, start: Start, log: Log) -> None:
+def test_changes_are_logged_again_after_a_minute(world: World, start: Start, log: Log) -> None:
     now = [0.0]
     runs = iter(range(10_000))
     world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
-    discovery = start("web", debounce=0.0, clock=lambda: now[0])
+    source = start("web", debounce=0.0, clock=lambda: now[0])
     for _ in range(2 * LOUD_CHANGES):
-        before = discovery.states()[0]
+        before = source.targets()[0]
         world.send(event("web"))
-        until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
-    said = len(log.having("target is running"))
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
+    before_that = len(log.having("target is running"))
     now[0] = 61.0
     world.send(event("web"))
-    until(lambda: len(log.having("target is running")) == said + 1)
+    until(lambda: len(log.having("target is running")) == before_that + 1)
 
 
 # --- a death -----------------------------------------------------------------------------------
 
-BORN = "2026-01-01T00:00:00.5Z"
-BORN_NS = 1_767_225_600_500_000_000
+STARTED = "2026-01-01T00:00:00.5Z"
+STARTED_NS = 1_767_225_600_500_000_000
 
 
 def died(ident: str, at: int) -> bytes:
@@ -283,10 +286,10 @@ def died(ident: str, at: int) -> bytes:
 
 def test_a_death_drops_the_address_before_inspect_answers(world: World, start: Start) -> None:
     """C4: Docker answers inspect only when it has cleaned up behind the container."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
-    discovery = start("web")
-    assert discovery.states()[0].address is not None
+    source = start("web")
+    assert address_of(source) is not None
     cleaned = threading.Event()
 
     def slow() -> Any:
@@ -294,19 +297,19 @@ def test_a_death_drops_the_address_before_inspect_answers(world: World, start: S
         return {**document, "State": {**document["State"], "Running": False}}
 
     world.containers["web"] = slow
-    world.send(died(document["Id"], BORN_NS + 1000))
-    until(lambda: discovery.states()[0].address is None, 1.0)
+    world.send(died(document["Id"], STARTED_NS + 1000))
+    until(lambda: address_of(source) is None, 1.0)
     assert not cleaned.is_set(), "known while inspect still waits"
-    assert discovery.states()[0].exposed == REDIS
+    assert source.targets()[0].ports == REDIS
     cleaned.set()
     settle(world)
-    assert discovery.states()[0].address is None
+    assert address_of(source) is None
 
 
-def test_a_look_that_began_before_the_death_is_not_believed(world: World, start: Start) -> None:
-    document = container("web", StartedAt=BORN)
+def test_an_inspect_from_before_the_death_is_discarded(world: World, start: Start) -> None:
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
-    discovery = start("web")
+    source = start("web")
     asked, answer = threading.Event(), threading.Event()
 
     def slow() -> Any:
@@ -318,44 +321,44 @@ def test_a_look_that_began_before_the_death_is_not_believed(world: World, start:
     world.containers["web"] = slow
     world.send(event("web"))
     assert asked.wait(5)
-    world.send(died(document["Id"], BORN_NS + 1000))
-    until(lambda: discovery.states()[0].address is None)
+    world.send(died(document["Id"], STARTED_NS + 1000))
+    until(lambda: address_of(source) is None)
     addresses = set()
     answer.set()
     deadline = time.monotonic() + 0.2
     while time.monotonic() < deadline:
-        addresses.add(discovery.states()[0].address)
+        addresses.add(address_of(source))
     assert addresses == {None}
 
 
-@pytest.mark.parametrize("at", [BORN_NS - 1000, BORN_NS])
-def test_an_old_death_is_no_news(world: World, start: Start, at: int) -> None:
+@pytest.mark.parametrize("at", [STARTED_NS - 1000, STARTED_NS])
+def test_an_old_death_changes_nothing(world: World, start: Start, at: int) -> None:
     """D11: the run that is known began after it; its connections must not be reset."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
-    discovery = start("web", on_change=lambda: changes.append(None))
+    source = start("web", on_change=lambda: changes.append(None))
     settle(world)
     before = len(changes)
     world.send(died(document["Id"], at))
     settle(world)
     assert len(changes) == before
-    assert discovery.states()[0].address is not None
+    assert address_of(source) is not None
 
 
-def test_somebody_elses_death_is_no_news(world: World, start: Start) -> None:
-    world.containers["web"] = container("web", StartedAt=BORN)
-    discovery = start("web")
-    world.send(died("e" * 64, BORN_NS + 1000))
+def test_another_containers_death_changes_nothing(world: World, start: Start) -> None:
+    world.containers["web"] = container("web", StartedAt=STARTED)
+    source = start("web")
+    world.send(died("e" * 64, STARTED_NS + 1000))
     settle(world)
-    assert discovery.states()[0].address is not None
+    assert address_of(source) is not None
 
 
-def test_a_death_that_inspect_denies_is_taken_back(world: World, start: Start) -> None:
-    """Level-triggered all the same: the look has the last word."""
-    document = container("web", StartedAt=BORN)
+def test_an_inspect_that_denies_a_death_restores_the_address(world: World, start: Start) -> None:
+    """Level-triggered: the inspect decides."""
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
-    discovery = start("web")
-    world.send(died(document["Id"], BORN_NS + 1000))
+    source = start("web")
+    world.send(died(document["Id"], STARTED_NS + 1000))
     settle(world)
-    assert discovery.states()[0].address is not None
+    assert address_of(source) is not None

@@ -1,8 +1,7 @@
-"""The threads together: whom an event wakes, and what stands while the Engine goes and comes."""
+"""The threads together: which targets an event concerns, and what stays while the Engine is away."""
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from typing import Any
@@ -12,12 +11,12 @@ import pytest
 from ambassador.engine.api import EngineError
 from ambassador.model import TargetState
 from tests.unit.fake_engine import (
-    DOCUMENTS,
     GONE,
     FakeEngine,
     Log,
     Start,
     World,
+    address_of,
     container,
     event,
     settle,
@@ -44,7 +43,7 @@ from tests.unit.fake_engine import (
         (b"{}\n", 1, 1),
     ],
 )
-def test_whom_an_event_makes_look(
+def test_which_targets_an_event_concerns(
     world: World, start: Start, data: bytes, web: int, db: int
 ) -> None:
     world.containers = {"web": container("web"), "db": container("db")}
@@ -52,98 +51,65 @@ def test_whom_an_event_makes_look(
     world.calls.clear()
     world.send(data)
     settle(world)
-    assert (world.looks("web"), world.looks("db")) == (web, db)
+    assert (world.inspects("web"), world.inspects("db")) == (web, db)
 
 
-def test_a_target_given_by_id_hears_of_it(world: World, start: Start) -> None:
+def test_an_event_concerns_a_target_given_by_id(world: World, start: Start) -> None:
     ident = "ab" * 32
     short = ident[:12]
     start(short)
     world.containers[short] = container("web", ident=ident)
     world.send(event("web", ident=ident))
-    until(lambda: world.looks(short) == 2)
+    until(lambda: world.inspects(short) == 2)
 
 
-def test_a_burst_is_few_looks_and_the_first_is_at_once(world: World, start: Start) -> None:
+def test_a_burst_is_two_inspects_and_the_first_is_at_once(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     start("web", debounce=0.2)
     time.sleep(0.25)
     world.calls.clear()
     began = time.monotonic()
     world.send(event("web") * 100)
-    until(lambda: world.looks("web") == 1)
+    until(lambda: world.inspects("web") == 1)
     assert time.monotonic() - began < 0.15
     for _ in range(20):
         world.send(event("web"))
         time.sleep(0.002)
-    until(lambda: world.looks("web") == 2)
+    until(lambda: world.inspects("web") == 2)
     time.sleep(0.3)
-    assert world.looks("web") == 2
+    assert world.inspects("web") == 2
 
 
-def test_an_event_during_a_look_causes_one_more(world: World, start: Start) -> None:
+def test_an_event_during_an_inspect_causes_one_more(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web")
-    looking, go_on = threading.Event(), threading.Event()
+    source = start("web")
+    inspecting, go_on = threading.Event(), threading.Event()
 
     def slow() -> Any:
-        world.containers["web"] = container("web", "10.0.0.5")  # what the next look finds
-        looking.set()
+        world.containers["web"] = container("web", "10.0.0.5")  # the next inspect's answer
+        inspecting.set()
         go_on.wait(5)
         return container("web", "10.0.0.4")
 
     world.containers["web"] = slow
     world.calls.clear()
     world.send(event("web"))
-    assert looking.wait(5)
+    assert inspecting.wait(5)
     for _ in range(10):
         world.send(event("web"))
     time.sleep(0.02)
     go_on.set()
-    until(lambda: discovery.states()[0].address == "10.0.0.5")
+    until(lambda: address_of(source) == "10.0.0.5")
     settle(world)
-    assert world.looks("web") == 2
+    assert world.inspects("web") == 2
 
 
-def test_reconcile_finds_what_no_event_told(world: World, start: Start) -> None:
+def test_reconcile_finds_a_change_without_an_event(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web", wait=False, reconcile_every=0.05, ping_every=0.05)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    source = start("web", wait=False, reconcile_every=0.05, ping_every=0.05)
+    until(lambda: address_of(source) == "10.0.0.2")
     world.containers["web"] = container("web", "10.0.0.8")
-    until(lambda: discovery.states()[0].address == "10.0.0.8")
-
-
-# --- the ambassador's own place ----------------------------------------------------------------
-
-
-def test_its_own_container_decides_and_its_own_events_count(world: World, start: Start) -> None:
-    own = copy.deepcopy(DOCUMENTS["ambassador-user"])
-    world.containers = {own["Id"]: own, "redis": DOCUMENTS["default-bridge"]}
-    discovery = start("redis", own_id=lambda: own["Id"])
-    assert "shares no network" in discovery.states()[0].problem
-    assert world.looks(own["Id"]) == 1  # once, not at each look
-    moved = copy.deepcopy(DOCUMENTS["ambassador-default"]) | {"Id": own["Id"]}
-    world.containers[own["Id"]] = moved
-    world.send(event("n", kind="network", container=own["Id"]))
-    until(lambda: discovery.states()[0].address == "172.29.0.2")
-    assert world.looks(own["Id"]) == 2
-
-
-def test_an_engine_that_does_not_know_it_is_seen_from_the_host(world: World, start: Start) -> None:
-    world.containers["web"] = container("web")
-    assert start("web", own_id=lambda: "9" * 64).states()[0].address == "10.0.0.2"
-
-
-def test_its_own_place_stands_while_it_cannot_be_asked(world: World, start: Start) -> None:
-    own = copy.deepcopy(DOCUMENTS["ambassador-default"])
-    world.containers = {own["Id"]: own, "web": DOCUMENTS["default-bridge"] | {"Name": "/web"}}
-    discovery = start("web", own_id=lambda: own["Id"])
-    world.containers[own["Id"]] = EngineError("500", status=500)
-    before = world.looks("web")
-    world.send(b"junk\n")
-    until(lambda: world.looks("web") > before)
-    settle(world)
-    assert (discovery.states()[0].address, discovery.states()[0].problem) == ("172.29.0.2", "")
+    until(lambda: address_of(source) == "10.0.0.8")
 
 
 # --- the Engine goes and comes -----------------------------------------------------------------
@@ -152,13 +118,13 @@ def test_its_own_place_stands_while_it_cannot_be_asked(world: World, start: Star
 def test_absent_at_start_is_waited_for(world: World, start: Start, log: Log) -> None:
     world.failure = EngineError("there is no socket /x.sock: mount it", retry_is_cheap=True)
     world.containers["web"] = container("web")
-    discovery = start("web", wait=False)
+    source = start("web", wait=False)
     until(lambda: len(world.connects) >= 3)
-    assert not discovery.connected and discovery.states() == (TargetState("web"),)
+    assert not source.connected and source.targets() == (TargetState("web"),)
     assert len(log.having("no socket /x.sock")) == 1
     world.failure = None
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
-    assert discovery.connected
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert source.connected
     assert len(log.having("connected to Docker again")) == 1
 
 
@@ -166,16 +132,16 @@ def test_states_stand_while_it_is_away_and_are_refreshed_after(
     world: World, start: Start, log: Log
 ) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web")
+    source = start("web")
     world.failure = GONE
     world.streams[-1].close()
-    until(lambda: not discovery.connected)
+    until(lambda: not source.connected)
     until(lambda: len(world.connects) >= 4)
-    assert discovery.states()[0].address == "10.0.0.2"
+    assert address_of(source) == "10.0.0.2"
     assert len(log.having("cannot ask Docker")) == 1
     world.containers["web"] = container("web", "10.0.0.6")  # an event that nobody heard
     world.failure = None
-    until(lambda: discovery.states()[0].address == "10.0.0.6")
+    until(lambda: address_of(source) == "10.0.0.6")
     assert len(log.having("connected to Docker again")) == 1
 
 
@@ -184,13 +150,13 @@ def test_a_cut_stream_is_opened_again_silently(
 ) -> None:
     monkeypatch.setattr("ambassador.discovery.docker_source.STREAM_LIVED_S", 0.0)
     world.containers["web"] = container("web")
-    discovery = start("web")
+    source = start("web")
     lines = list(log.lines)
     began = time.monotonic()
     world.streams[-1].close()
-    until(lambda: len(world.streams) == 2 and world.looks("web") == 2)
+    until(lambda: len(world.streams) == 2 and world.inspects("web") == 2)
     assert time.monotonic() - began < 0.2
-    assert discovery.connected
+    assert source.connected
     assert log.lines == lines
     assert world.closed == 1  # the former connection
 
@@ -228,7 +194,7 @@ def test_a_local_socket_is_tried_every_second_at_most_after(
     until(lambda: len(world.connects) >= 20, 2.0)
 
 
-def test_a_new_reason_is_said_but_not_at_once(world: World, start: Start, log: Log) -> None:
+def test_a_new_reason_is_logged_but_not_at_once(world: World, start: Start, log: Log) -> None:
     now = [0.0]
     world.failure = GONE
     start("web", wait=False, clock=lambda: now[0], backoff_max=0.01)
@@ -247,20 +213,20 @@ def test_a_new_reason_is_said_but_not_at_once(world: World, start: Start, log: L
 
 def test_an_unanswered_ping_closes_the_stream(world: World, start: Start, log: Log) -> None:
     world.containers["web"] = container("web")
-    discovery = start("web", wait=False, ping_every=0.02)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    source = start("web", wait=False, ping_every=0.02)
+    until(lambda: address_of(source) == "10.0.0.2")
     world.failure = world.ping_failure = EngineError("does not answer")
-    until(lambda: not discovery.connected)
-    assert discovery.states()[0].address == "10.0.0.2"
+    until(lambda: not source.connected)
+    assert address_of(source) == "10.0.0.2"
     world.failure = world.ping_failure = None
-    until(lambda: discovery.connected and len(world.streams) == 2)
+    until(lambda: source.connected and len(world.streams) == 2)
 
 
 def test_a_forbidden_ping_is_an_answer(world: World, start: Start) -> None:
     world.ping_failure = EngineError("forbidden", status=403)
-    discovery = start("web", wait=False, ping_every=0.01)
+    source = start("web", wait=False, ping_every=0.01)
     until(lambda: world.calls.count("ping") >= 5)
-    assert discovery.connected and len(world.streams) == 1
+    assert source.connected and len(world.streams) == 1
 
 
 def test_a_connection_without_events_is_closed_again(
@@ -270,9 +236,9 @@ def test_a_connection_without_events_is_closed_again(
         raise EngineError("forbids GET /events (403)", status=403)
 
     monkeypatch.setattr(FakeEngine, "events", forbidden)
-    discovery = start("web", wait=False)
+    source = start("web", wait=False)
     until(lambda: len(world.connects) >= 3)
-    assert world.closed >= 2 and not discovery.connected
+    assert world.closed >= 2 and not source.connected
 
 
 # --- the end -----------------------------------------------------------------------------------
@@ -282,10 +248,10 @@ def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> 
     changes: list[int] = []
     before = set(threading.enumerate())
     world.containers["web"] = container("web")
-    discovery = start("web", "db", on_change=lambda: changes.append(1))
-    assert len(set(threading.enumerate()) - before) == 4
+    source = start("web", "db", on_change=lambda: changes.append(1))
+    assert len(set(threading.enumerate()) - before) == 5
     began = time.monotonic()
-    discovery.stop()
+    source.stop()
     assert time.monotonic() - began < 0.5
     until(lambda: not set(threading.enumerate()) - before)
     count = len(changes)
@@ -298,7 +264,7 @@ def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> 
 def test_stop_while_there_is_no_engine(world: World, start: Start) -> None:
     before = set(threading.enumerate())
     world.failure = GONE
-    discovery = start("web", wait=False)
+    source = start("web", wait=False)
     until(lambda: len(world.connects) >= 2)
-    discovery.stop()
+    source.stop()
     until(lambda: not set(threading.enumerate()) - before)
