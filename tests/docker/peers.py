@@ -37,7 +37,7 @@ def run_server(
     box = create_server(stage, short, *ports, flags=flags)
     box.start()
     if wait:
-        box.wait_for_log("^listening", PATIENCE_S)
+        listening_since(box)
     return box
 
 
@@ -54,25 +54,22 @@ def create_server(
     )
 
 
-def started_at(box: Box) -> float:
-    """When the container's present run began."""
-    return datetime.fromisoformat(box.inspect()["State"]["StartedAt"]).timestamp()
-
-
 def finished_at(box: Box) -> float:
     """When the container's last run ended."""
     return datetime.fromisoformat(box.inspect()["State"]["FinishedAt"]).timestamp()
 
 
-def listening_since(box: Box) -> float:
-    """When the server's present run began to listen; waits until it does."""
-    begin = started_at(box)
+def listening_since(box: Box, run: int = 1) -> float:
+    """When the server's n-th run began to listen, by its own clock. Waits until it does.
+
+    A run is known by its line: Docker may stamp a run's start after the server has begun to listen.
+    """
 
     def find() -> float | None:
-        moment = float(box.logs().rpartition("listening ")[2].split()[0])
-        return moment if moment > begin else None
+        lines = [line.split() for line in box.logs().splitlines() if line.startswith("listening ")]
+        return float(lines[run - 1][1]) if len(lines) >= run else None
 
-    return wait_for(f"{box.name} to listen", find, PATIENCE_S)
+    return wait_for(f"{box.name} to listen in its run {run}", find, PATIENCE_S)
 
 
 def visitors(box: Box) -> list[str]:

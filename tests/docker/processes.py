@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ def read_process(pid: int) -> Process | None:
     # The name, in parentheses, may hold anything.
     state, parent = stat.rpartition(")")[2].split()[:2]
     return Process(pid, int(parent), state, title.replace(b"\0", b" ").decode(errors="replace"))
+
+
+def started_at(pid: int) -> float:
+    """When it was forked, by CLOCK_BOOTTIME. (psutil counts from a boot that is rounded to seconds.)"""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(root: int) -> list[Process]:

@@ -83,6 +83,7 @@ class Machine(RuleBasedStateMachine):
         flags = [f"--network={self.network}", f"--ip={self.addresses[self.place]}"]
         self.box = create_server(self.stage, "target", *self.ports, flags=flags, says=self.saying)
         self.box.start()
+        self.runs = 1
         self.running = self.connected = self.named = True
         self.paused = False
         self.check()
@@ -104,6 +105,7 @@ class Machine(RuleBasedStateMachine):
     def start(self) -> None:
         self.running = True
         self.box.start()
+        self.runs += 1
         self.check()
 
     @rule()
@@ -111,6 +113,7 @@ class Machine(RuleBasedStateMachine):
     def restart(self) -> None:
         """To the same address: the run is another, so old connections are over."""
         self.box.restart()
+        self.runs += 1
         self.old_is_over()
         self.check()
 
@@ -127,6 +130,7 @@ class Machine(RuleBasedStateMachine):
         flags = [f"--network={self.network}", f"--ip={before}"]
         self.stranger = run_server(self.stage, "stranger", *PORTS, flags=flags)
         self.box.start()
+        self.runs += 1
         self.running = True
         self.old_is_over()
         self.check()
@@ -189,6 +193,8 @@ class Machine(RuleBasedStateMachine):
     # -- what must hold
 
     def check(self) -> None:
+        if self.running and not self.paused:
+            listening_since(self.box, self.runs)  # in every run, so that their lines can be counted
         document = self.named_target()
         state = document["State"] if document else {}
         networks = document["NetworkSettings"]["Networks"] if document else {}
@@ -196,8 +202,6 @@ class Machine(RuleBasedStateMachine):
         if state.get("Paused"):
             self.nobody_answers()  # its kernel takes connections, and that is all
         elif state.get("Running") and address:
-            self.box.wait_for_log("^listening")  # ever, and
-            listening_since(self.box)  # in this run
             self.target_answers(address)
         else:
             self.old_is_over()

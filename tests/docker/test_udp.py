@@ -53,7 +53,7 @@ def test_socket_kept_open_through_a_restart(stage: Stage) -> None:
         try:
             wait_for("answers", lambda: len(came) > 20, PATIENCE_S)
             stage.restart_elsewhere(db)
-            back_at = listening_since(db)
+            back_at = listening_since(db, run=2)
             resumed = wait_for(
                 "an answer to what was sent after the restart",
                 lambda: next((at for question, at in came if sent_at[question] > back_at), None),
@@ -135,7 +135,7 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
 
         assert all_answered(b"before")
         stage.restart_elsewhere(db)
-        listening_since(db)
+        listening_since(db, run=2)
         wait_for("answers to all", lambda: all_answered(b"after"), PATIENCE_S)
     finally:
         for caller in callers:
