@@ -127,7 +127,7 @@ cdef extern from *:
              WHEN(AF_INET6, SOCKET_OF_TCP_OR_UDP),
              REFUSED),
         /* Exactly the options that the loops set: behind others are packet filters, kernel TLS, netfilter
-           tables. tests/relay/test_sandbox.py compares this with the loops' sources. */
+           tables. tests/loops/test_sandbox.py compares this with the loops' sources. */
         CALL(setsockopt,
              ARGUMENT(1),
              WHEN(SOL_SOCKET,

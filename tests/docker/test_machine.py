@@ -25,12 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.docker.engine import Box, Stage, wait_for
-from tests.docker.peers import (
-    PORT,
-    Caller,
-    Conversation,
-    accepts,
+from tests.support.endpoints import PORT, Caller, Conversation, accepts
+from tests.support.engine import (
+    Box,
+    Stage,
     create_server,
     fixed_network,
     listening_since,
@@ -38,6 +36,7 @@ from tests.docker.peers import (
     run_server,
     visitors,
 )
+from tests.support.wait import wait_until
 
 EXAMPLES = int(os.environ.get("DOCKER_EXAMPLES", "3"))
 STEPS = int(os.environ.get("DOCKER_STEPS", "8"))
@@ -208,7 +207,7 @@ class Machine(RuleBasedStateMachine):
             self.nobody_answers()
         if document:
             wanted = f"{OTHER}/tcp" in self.ports
-            wait_for("the exposed ports", lambda: accepts(self.host, OTHER) == wanted, WITHIN_S)
+            wait_until(lambda: accepts(self.host, OTHER) == wanted, "the exposed ports", WITHIN_S)
         if self.stranger is not None:
             assert visitors(self.stranger) == [], "somebody was relayed to a stranger"
 
@@ -227,9 +226,9 @@ class Machine(RuleBasedStateMachine):
             except (OSError, AssertionError):  # reset, while another run is being left
                 return False
 
-        wait_for(f"{self.saying} at {address}", greeted, WITHIN_S)
+        wait_until(greeted, f"{self.saying} at {address}", WITHIN_S)
         with Caller(self.host) as caller:
-            reply = wait_for("a UDP answer", lambda: caller.ask(b"who?", 0.5), WITHIN_S)
+            reply = wait_until(lambda: caller.ask(b"who?", 0.5), "a UDP answer", WITHIN_S)
             assert reply.data == f"{self.saying} who?".encode()
         if self.old is None:
             self.old = Conversation(self.host)
@@ -242,7 +241,7 @@ class Machine(RuleBasedStateMachine):
                 return fresh.is_held(SILENCE_S)
             return False
 
-        wait_for("silence", silent, WITHIN_S)
+        wait_until(silent, "silence", WITHIN_S)
         with Caller(self.host) as caller:
             assert caller.ask(b"who?", SILENCE_S) is None
 

@@ -14,20 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.docker.engine import Box, HostAmbassador, Stage, wait_for
-from tests.docker.peers import (
-    PATIENCE_S,
-    PORT,
-    Conversation,
+from tests.support.endpoints import PORT, Conversation, greet
+from tests.support.engine import (
+    Box,
+    Stage,
     finished_at,
-    free_port,
-    greet,
     run_ambassador,
     run_server,
     wait_until_accepts,
     wait_until_refuses,
 )
-from tests.docker.processes import descendants, is_gone, read_process, started_at, workers_of
+from tests.support.net import free_port
+from tests.support.processes import descendants, is_gone, read_process, started_at, workers_of
+from tests.support.program import Program
+from tests.support.wait import PATIENCE_S, wait_until
 
 TCP = f"{PORT}/tcp"
 HERE = "127.0.0.1"
@@ -38,12 +38,12 @@ def parent_pid(ambassador: Box) -> int:
     return int(ambassador.inspect()["State"]["Pid"])
 
 
-def run_on_host(stage: Stage, *args: str) -> tuple[HostAmbassador, int]:
+def run_on_host(stage: Stage, *args: str) -> tuple[Program, int]:
     """An ambassador on this machine with a target that has TCP and UDP on one port: it, the port."""
     port = free_port()
     db = run_server(stage, "db", f"{port}/tcp", f"{port}/udp")
     ambassador = stage.run_ambassador_on_host("-name", db.name, *args)
-    wait_for("both workers", lambda: len(workers_of(ambassador.pid)) == 2, PATIENCE_S)
+    wait_until(lambda: len(workers_of(ambassador.pid)) == 2, "both workers")
     wait_until_accepts(HERE, port)
     return ambassador, port
 
@@ -60,13 +60,14 @@ def can_bind(port: int) -> bool:
     return True
 
 
+@pytest.mark.alone
 def test_worker_killed(stage: Stage) -> None:
     """W1: replaced within a second, nobody is refused, its own connections end in a reset."""
     db = run_server(stage, "db", TCP)
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
     for _ in range(3):
-        (worker,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+        (worker,) = wait_until(lambda: workers_of(parent), "one worker")
         with Conversation(host) as idle, Conversation(host) as stream:
             assert idle.greeting()[0] == stream.greeting()[0] == "db"
             with ThreadPoolExecutor(1) as threads:
@@ -80,7 +81,7 @@ def test_worker_killed(stage: Stage) -> None:
             # reset only once, the writer or the reader.
             assert "reset" in endings
             assert idle.ending() == "reset"
-        (successor,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+        (successor,) = wait_until(lambda: workers_of(parent), "one worker")
         assert successor.pid != worker.pid
         assert started_at(successor.pid) - killed < 1
     ambassador.wait_for_log("worker ended, replacing it.*killed by SIGKILL")
@@ -102,7 +103,7 @@ def test_nursery_killed(stage: Stage) -> None:
     db = run_server(stage, "db", TCP)
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
-    (worker,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+    (worker,) = wait_until(lambda: workers_of(parent), "one worker")
     with Conversation(host) as conversation:
         conversation.greeting()
         os.kill(worker.parent, signal.SIGKILL)
@@ -112,11 +113,12 @@ def test_nursery_killed(stage: Stage) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         assert conversation.ending() == "reset"
     assert greet(host) == "db"
-    (successor,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+    (successor,) = wait_until(lambda: workers_of(parent), "one worker")
     assert successor.pid != worker.pid
     assert [process for process in descendants(parent) if process.state == "Z"] == []
 
 
+@pytest.mark.alone
 def test_parent_killed(stage: Stage) -> None:
     """P1: nursery and workers are gone within a second, the ports free, connections reset."""
     ambassador, port = run_on_host(stage)
@@ -128,11 +130,12 @@ def test_parent_killed(stage: Stage) -> None:
         killed = time.monotonic()
         ambassador.process.wait()
         assert conversation.ending() == "reset"
-        wait_for("their end", lambda: all(map(is_gone, everybody)))
-        wait_for("a free port", lambda: can_bind(port))
+        wait_until(lambda: all(map(is_gone, everybody)), "their end")
+        wait_until(lambda: can_bind(port), "a free port")
         assert time.monotonic() - killed < 1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_on_the_host(stage: Stage, number: signal.Signals) -> None:
     """P2: exit code 0, nobody left; what is open after the deadline is reset."""
@@ -149,6 +152,7 @@ def test_told_to_stop_on_the_host(stage: Stage, number: signal.Signals) -> None:
     assert can_bind(port)
 
 
+@pytest.mark.alone
 def test_told_to_stop_twice(stage: Stage) -> None:
     """P2: once lets conversations finish and takes no new ones; twice does not wait."""
     ambassador, port = run_on_host(stage, "-drain", "60s")
@@ -178,6 +182,7 @@ def test_last_conversation_ends_the_drain(stage: Stage) -> None:
     assert ambassador.process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("init", ["", "--init"])
 @pytest.mark.parametrize("open_connections", [0, 20])
 def test_docker_stop(stage: Stage, init: str, open_connections: int) -> None:
@@ -188,7 +193,7 @@ def test_docker_stop(stage: Stage, init: str, open_connections: int) -> None:
     while not took or (min(took) >= 1 and len(took) < 3):  # a busy machine gets another chance
         if took:
             ambassador.start()
-            host = wait_for("an address", ambassador.address)
+            host = wait_until(ambassador.address, "an address")
             wait_until_accepts(host)
         with contextlib.ExitStack() as stack:
             for _ in range(open_connections):
@@ -216,13 +221,13 @@ def test_first_process_reaps(stage: Stage) -> None:
     ambassador, _ = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
     ambassador.run("python3", "-c", _ORPHAN)
-    wait_for(
-        "an orphan to be adopted",
+    wait_until(
         lambda: ambassador.run("cat", "/dev/shm/adopted", check=False).isdigit(),
+        "an orphan to be adopted",
     )
 
     def nobody_but_ours() -> bool:
         return [p for p in descendants(parent) if "grand-ambassador" not in p.title] == []
 
-    wait_for("no zombie", nobody_but_ours)
+    wait_until(nobody_but_ours, "no zombie")
     assert read_process(parent) is not None

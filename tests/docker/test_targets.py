@@ -12,21 +12,19 @@ import time
 import psutil
 import pytest
 
-from tests.docker.engine import DEMO, Box, Stage, wait_for
-from tests.docker.peers import (
-    PATIENCE_S,
-    PORT,
-    Caller,
-    Conversation,
-    free_port,
-    greet,
-    is_greeted_by,
+from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
+from tests.support.engine import (
+    DEMO,
+    Box,
+    Stage,
     lines_with,
     run_ambassador,
     run_server,
     server_command,
     wait_until_accepts,
 )
+from tests.support.net import free_port
+from tests.support.wait import wait_until
 
 TCP = f"{PORT}/tcp"
 HERE = "127.0.0.1"
@@ -52,7 +50,7 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     with Conversation(host) as conversation, Caller(host, 7002) as caller:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
-        wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S)
+        wait_until(lambda: caller.ask(b"x"), "an answer")
         before = held_by(ambassador)
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
@@ -75,7 +73,7 @@ def test_two_targets_want_one_port(stage: Stage) -> None:
     )
     assert greet(host) == "second", "so far nobody else wants it"
     first = run_server(stage, "first", TCP, "7001/tcp")
-    wait_for("the first one", lambda: is_greeted_by("first", host), PATIENCE_S)
+    wait_until(lambda: is_greeted_by("first", host), "the first one")
     wait_until_accepts(host, 7001)
     assert greet(host, 7001) == "first"
     assert greet(host, 7002) == "second"
@@ -151,12 +149,12 @@ def test_port_in_use(stage: Stage) -> None:
         assert greet(HERE, free) == "db"
         # It tries every second, and says so once.
         begin = time.monotonic()
-        wait_for("another try or two", lambda: time.monotonic() - begin > 2.2)
+        wait_until(lambda: time.monotonic() - begin > 2.2, "another try or two")
         assert len(lines_with(ambassador, "cannot listen")) == 2
     wait_until_accepts(HERE, taken)
     assert greet(HERE, taken) == "db"
     with Caller(HERE, taken) as caller:
-        assert wait_for("an answer", lambda: caller.ask(b"x"), PATIENCE_S) == (b"db x", HERE)
+        assert wait_until(lambda: caller.ask(b"x"), "an answer") == (b"db x", HERE)
     assert ambassador.stop() == 0
 
 

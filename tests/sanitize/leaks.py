@@ -16,9 +16,8 @@ from pathlib import Path
 from ambassador import _datagram, _splice
 from ambassador.control import Repoint, pack
 from ambassador.model import Protocol
-from tests.relay.echo import Echo
-from tests.relay.harness import bind_free
-from tests.relay.peers import read_exactly, reset
+from tests.support.endpoints import Server, read_exactly, reset
+from tests.support.worker import bind_free
 
 OURS = ("ambassador/_splice.", "ambassador/_datagram.", "ambassador/_wire.")
 _open: list[socket.socket] = []
@@ -43,7 +42,7 @@ def relay(
             server.listen()
         loop.repoint(1, [(LOOPBACK, server.getsockname()[1], 0, 1)])
         thread = threading.Thread(target=loop.run)
-        with Echo(server):
+        with Server(server):
             thread.start()
             use(listener.port)
             os.write(told, pack(Repoint(2)))

@@ -18,13 +18,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.docker.engine import Engine, HostAmbassador, Stage, make_images, start_engine, wait_for
-from tests.docker.own_engine import OwnEngine
-from tests.docker.peers import free_port
 from tests.soak import clients, picture, samples
 from tests.soak.chaos import Chaos, create_server
 from tests.soak.clients import FATAL, NAME, Tally
 from tests.soak.samples import KINDS, Sample
+from tests.support.engine import Engine, Stage, make_images, start_engine
+from tests.support.net import free_port
+from tests.support.own_engine import OwnEngine
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SAMPLE_S = 1.0
 SAY_S = 5.0
@@ -100,7 +102,7 @@ class Soak:
             self.failures.append(f"chaos: {traceback.format_exc()}")
             stopping.set()
 
-    def _watch(self, ambassador: HostAmbassador, stopping: threading.Event) -> None:
+    def _watch(self, ambassador: Program, stopping: threading.Event) -> None:
         say_at = 0.0
         while not stopping.wait(SAMPLE_S):
             sample = samples.look(ambassador.pid, time.monotonic() - self.begun)
@@ -119,7 +121,7 @@ class Soak:
                     flush=True,
                 )
 
-    def _rest(self, ambassador: HostAmbassador, rest: Sample) -> None:
+    def _rest(self, ambassador: Program, rest: Sample) -> None:
         """Until the workers' descriptors are what they were, for as long as sessions may live."""
         most = rest.values["workers descriptors"] + POOLED_PIPES
 
@@ -128,7 +130,7 @@ class Soak:
             return self.last.values["workers descriptors"] <= most
 
         try:
-            wait_for("the workers' descriptors", at_rest, REST_S, 1.0)
+            wait_until(at_rest, "the workers' descriptors", REST_S, 1.0)
         except AssertionError:
             pass  # judged below
 

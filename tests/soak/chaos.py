@@ -9,10 +9,12 @@ import signal
 import time
 from pathlib import Path
 
-from tests.docker.engine import DEMO, Box, HostAmbassador, Stage, wait_for
-from tests.docker.own_engine import OwnEngine
-from tests.docker.processes import read_process, workers_of
 from tests.soak.clients import Tally
+from tests.support.engine import DEMO, Box, Stage
+from tests.support.own_engine import OwnEngine
+from tests.support.processes import read_process, workers_of
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SERVER = (Path(__file__).parent / "server.py").read_text()
 SETTLE_S = 3.0
@@ -33,7 +35,7 @@ class Chaos:
     """One disturbance after another; `step` does one. Runs in a thread of its own."""
 
     def __init__(
-        self, stage: Stage, own: OwnEngine, ambassador: HostAmbassador, target: Box, *, port: int,
+        self, stage: Stage, own: OwnEngine, ambassador: Program, target: Box, *, port: int,
         tally: Tally, seed: int,
     ) -> None:  # fmt: skip
         self.stage, self.own, self.ambassador, self.target = stage, own, ambassador, target
@@ -84,7 +86,7 @@ class Chaos:
             self.target.kill()
         else:
             self.target.stop(2)
-        wait_for("the target's end", lambda: not self.target.is_running())
+        wait_until(lambda: not self.target.is_running(), "the target's end")
 
     def _start_target(self) -> None:
         self.target.start()
@@ -97,7 +99,7 @@ class Chaos:
         """Until a client has had an answer again that it asked for from now on."""
         now = time.monotonic()
         try:
-            wait_for("an answer", lambda: self.tally.answered_at > now, RECOVER_S)
+            wait_until(lambda: self.tally.answered_at > now, "an answer", RECOVER_S)
         except AssertionError:
             self.tally.find("stuck", f"no client was answered for {RECOVER_S:g} s")
 
@@ -108,9 +110,9 @@ class Chaos:
         stop = self.has_watchdog and self.dice.random() < 0.3
         os.kill(victim.pid, signal.SIGSTOP if stop else signal.SIGKILL)
         self._mark("worker killed")
-        wait_for(
-            "the worker's end",
+        wait_until(
             lambda: (now := read_process(victim.pid)) is None or now.state == "Z",
+            "the worker's end",
             WATCHDOG_S + 5,
         )
 
@@ -119,7 +121,7 @@ class Chaos:
         victim = workers_of(self.ambassador.pid)[0]
         os.kill(victim.pid, signal.SIGSTOP)
         with contextlib.suppress(AssertionError):
-            wait_for("it", lambda: read_process(victim.pid) is None, WATCHDOG_S)
+            wait_until(lambda: read_process(victim.pid) is None, "it", WATCHDOG_S)
             self.has_watchdog = True
             return
         os.kill(victim.pid, signal.SIGCONT)
@@ -141,7 +143,7 @@ class Chaos:
         self.ambassador.wait_for_line("connected to Docker again", since=said)
         self.recoveries["daemon"].append(time.monotonic() - back)
         if dies:
-            wait_for("the target's end", lambda: not self.target.is_running())
+            wait_until(lambda: not self.target.is_running(), "the target's end")
             self._start_target()
 
     def _mark(self, what: str) -> None:

@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from bench.measure import cpu_seconds
-from tests.docker.engine import REPO, wait_for
-from tests.docker.peers import accepts, free_port
-from tests.relay.echo import Echo
 from tests.soak import samples
 from tests.soak.samples import KINDS, Sample
+from tests.support.endpoints import Server, accepts
+from tests.support.net import free_port
+from tests.support.program import REPO
+from tests.support.wait import wait_until
 
 IDLE = 9_000
 SESSIONS = 10_000
@@ -46,13 +47,13 @@ def relay(kind: socket.SocketKind) -> Iterator[tuple[int, int]]:
         server.listen(4096)
     port = free_port()
     route = f"{port}/{protocol}={HERE}:{server.getsockname()[1]}"
-    with server, Echo(server):
+    with server, Server(server):
         process = subprocess.Popen(
             [sys.executable, "-m", "ambassador", "relay", "-log-level", "warn", route], cwd=REPO
         )
         try:
             if kind == socket.SOCK_STREAM:
-                wait_for("a listener", lambda: accepts(HERE, port))
+                wait_until(lambda: accepts(HERE, port), "a listener")
             else:
                 time.sleep(1)
             yield port, process.pid
@@ -169,7 +170,9 @@ def at_rest(pid: int, before: Sample) -> Sample:
     """When the workers' descriptors are what they were, or after 10 s."""
     key = "workers descriptors"
     with contextlib.suppress(AssertionError):
-        wait_for("rest", lambda: samples.look(pid, 0).values[key] <= before.values[key], poll=0.2)
+        wait_until(
+            lambda: samples.look(pid, 0).values[key] <= before.values[key], "rest", poll_s=0.2
+        )
     return samples.look(pid, 0)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure import memory_of
-from tests.docker.processes import descendants
+from tests.support.processes import descendants
 
 KINDS = ("parent", "nursery", "workers")
 FIELDS = (*(f"{kind} PSS" for kind in KINDS), *(f"{kind} descriptors" for kind in KINDS))

@@ -10,10 +10,11 @@ import signal
 import threading
 import time
 
-from tests.docker.engine import Stage, wait_for
-from tests.docker.peers import PATIENCE_S, PORT, Conversation, run_ambassador, run_server
-from tests.docker.processes import descendants, workers_of
 from tests.docker.test_processes import parent_pid, send_to_the_end
+from tests.support.endpoints import PORT, Conversation
+from tests.support.engine import Stage, run_ambassador, run_server
+from tests.support.processes import descendants, workers_of
+from tests.support.wait import wait_until
 
 TCP = f"{PORT}/tcp"
 
@@ -66,7 +67,7 @@ def test_worker_killed_under_load(stage: Stage) -> None:
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
     for _ in range(3):
-        (worker,) = wait_for("one worker", lambda: workers_of(parent), PATIENCE_S)
+        (worker,) = wait_until(lambda: workers_of(parent), "one worker")
         kill_under_load(worker.pid, host)
     ambassador.wait_for_log("worker ended, replacing it.*killed by SIGKILL")
     assert len(workers_of(parent)) == 1
@@ -81,13 +82,13 @@ def kill_under_load(worker: int, host: str) -> None:
         writer = threading.Thread(target=lambda: endings.append(send_to_the_end(stream)))
         writer.start()
         stream.read(1 << 20)
-        wait_for("visits", lambda: len(visitors.greeted) > 20, PATIENCE_S)
+        wait_until(lambda: len(visitors.greeted) > 20, "visits")
         os.kill(worker, signal.SIGKILL)
         killed = time.monotonic()
         endings.append(stream.ending())
         writer.join()
         count = len(visitors.greeted)
-        wait_for("more visits", lambda: len(visitors.greeted) > count + 20, PATIENCE_S)
+        wait_until(lambda: len(visitors.greeted) > count + 20, "more visits")
         # Neither would end by itself: a clean end is bytes lost in silence. The kernel tells of a
         # reset only once, the writer or the reader.
         assert "reset" in endings

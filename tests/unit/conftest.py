@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ambassador.discovery import Discovery
-from tests.unit.fake_engine import Log, Start, World, settle, until
+from tests.support.fake_engine import Log, Start, World, settle
+from tests.support.wait import wait_until
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def start(world: World, log: Log) -> Iterator[Start]:
         started.append(made)
         made.start()
         if wait:
-            until(lambda: made.connected and all(world.looks(target) for target in targets))
+            wait_until(lambda: made.connected and all(world.looks(target) for target in targets))
             settle(world)
         return made
 

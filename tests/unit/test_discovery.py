@@ -11,7 +11,7 @@ import pytest
 
 from ambassador.follower import EngineError
 from ambassador.model import TargetState
-from tests.unit.fake_engine import (
+from tests.support.fake_engine import (
     DOCUMENTS,
     GONE,
     FakeEngine,
@@ -21,8 +21,8 @@ from tests.unit.fake_engine import (
     container,
     event,
     settle,
-    until,
 )
+from tests.support.wait import wait_until
 
 # --- events ------------------------------------------------------------------------------------
 
@@ -61,9 +61,10 @@ def test_a_target_given_by_id_hears_of_it(world: World, start: Start) -> None:
     start(short)
     world.containers[short] = container("web", ident=ident)
     world.send(event("web", ident=ident))
-    until(lambda: world.looks(short) == 2)
+    wait_until(lambda: world.looks(short) == 2)
 
 
+@pytest.mark.alone
 def test_a_burst_is_few_looks_and_the_first_is_at_once(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     start("web", debounce=0.2)
@@ -71,12 +72,12 @@ def test_a_burst_is_few_looks_and_the_first_is_at_once(world: World, start: Star
     world.calls.clear()
     began = time.monotonic()
     world.send(event("web") * 100)
-    until(lambda: world.looks("web") == 1)
+    wait_until(lambda: world.looks("web") == 1)
     assert time.monotonic() - began < 0.15
     for _ in range(20):
         world.send(event("web"))
         time.sleep(0.002)
-    until(lambda: world.looks("web") == 2)
+    wait_until(lambda: world.looks("web") == 2)
     time.sleep(0.3)
     assert world.looks("web") == 2
 
@@ -100,7 +101,7 @@ def test_an_event_during_a_look_causes_one_more(world: World, start: Start) -> N
         world.send(event("web"))
     time.sleep(0.02)
     go_on.set()
-    until(lambda: discovery.states()[0].address == "10.0.0.5")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.5")
     settle(world)
     assert world.looks("web") == 2
 
@@ -108,9 +109,9 @@ def test_an_event_during_a_look_causes_one_more(world: World, start: Start) -> N
 def test_reconcile_finds_what_no_event_told(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     discovery = start("web", wait=False, reconcile_every=0.05, ping_every=0.05)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     world.containers["web"] = container("web", "10.0.0.8")
-    until(lambda: discovery.states()[0].address == "10.0.0.8")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.8")
 
 
 # --- the ambassador's own place ----------------------------------------------------------------
@@ -125,7 +126,7 @@ def test_its_own_container_decides_and_its_own_events_count(world: World, start:
     moved = copy.deepcopy(DOCUMENTS["ambassador-default"]) | {"Id": own["Id"]}
     world.containers[own["Id"]] = moved
     world.send(event("n", kind="network", container=own["Id"]))
-    until(lambda: discovery.states()[0].address == "172.29.0.2")
+    wait_until(lambda: discovery.states()[0].address == "172.29.0.2")
     assert world.looks(own["Id"]) == 2
 
 
@@ -141,7 +142,7 @@ def test_its_own_place_stands_while_it_cannot_be_asked(world: World, start: Star
     world.containers[own["Id"]] = EngineError("500", status=500)
     before = world.looks("web")
     world.send(b"junk\n")
-    until(lambda: world.looks("web") > before)
+    wait_until(lambda: world.looks("web") > before)
     settle(world)
     assert (discovery.states()[0].address, discovery.states()[0].problem) == ("172.29.0.2", "")
 
@@ -153,11 +154,11 @@ def test_absent_at_start_is_waited_for(world: World, start: Start, log: Log) -> 
     world.failure = EngineError("there is no socket /x.sock: mount it", cheap=True)
     world.containers["web"] = container("web")
     discovery = start("web", wait=False)
-    until(lambda: len(world.connects) >= 3)
+    wait_until(lambda: len(world.connects) >= 3)
     assert not discovery.connected and discovery.states() == (TargetState("web"),)
     assert len(log.having("no socket /x.sock")) == 1
     world.failure = None
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     assert discovery.connected
     assert len(log.having("connected to Docker again")) == 1
 
@@ -169,16 +170,17 @@ def test_states_stand_while_it_is_away_and_are_refreshed_after(
     discovery = start("web")
     world.failure = GONE
     world.streams[-1].close()
-    until(lambda: not discovery.connected)
-    until(lambda: len(world.connects) >= 4)
+    wait_until(lambda: not discovery.connected)
+    wait_until(lambda: len(world.connects) >= 4)
     assert discovery.states()[0].address == "10.0.0.2"
     assert len(log.having("cannot ask Docker")) == 1
     world.containers["web"] = container("web", "10.0.0.6")  # an event that nobody heard
     world.failure = None
-    until(lambda: discovery.states()[0].address == "10.0.0.6")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.6")
     assert len(log.having("connected to Docker again")) == 1
 
 
+@pytest.mark.alone
 def test_a_cut_stream_is_opened_again_silently(
     world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +190,7 @@ def test_a_cut_stream_is_opened_again_silently(
     lines = list(log.lines)
     began = time.monotonic()
     world.streams[-1].close()
-    until(lambda: len(world.streams) == 2 and world.looks("web") == 2)
+    wait_until(lambda: len(world.streams) == 2 and world.looks("web") == 2)
     assert time.monotonic() - began < 0.2
     assert discovery.connected
     assert log.lines == lines
@@ -225,41 +227,41 @@ def test_a_local_socket_is_tried_every_second_at_most_after(
     monkeypatch.setattr("ambassador.discovery.LOCAL_CAP_S", 0.02)
     world.failure = GONE
     start("web", wait=False)
-    until(lambda: len(world.connects) >= 20, 2.0)
+    wait_until(lambda: len(world.connects) >= 20, timeout_s=2.0)
 
 
 def test_a_new_reason_is_said_but_not_at_once(world: World, start: Start, log: Log) -> None:
     now = [0.0]
     world.failure = GONE
     start("web", wait=False, clock=lambda: now[0], backoff_max=0.01)
-    until(lambda: log.having("nobody listens"))
+    wait_until(lambda: log.having("nobody listens"))
     world.failure = EngineError("permission denied")
     count = len(world.connects)
-    until(lambda: len(world.connects) > count + 3)
+    wait_until(lambda: len(world.connects) > count + 3)
     assert not log.having("permission denied")
     now[0] = 11.0
-    until(lambda: log.having("permission denied"))
+    wait_until(lambda: log.having("permission denied"))
     now[0] = 50.0
     count = len(world.connects)
-    until(lambda: len(world.connects) > count + 3)
+    wait_until(lambda: len(world.connects) > count + 3)
     assert len(log.having("cannot ask Docker")) == 2
 
 
 def test_an_unanswered_ping_closes_the_stream(world: World, start: Start, log: Log) -> None:
     world.containers["web"] = container("web")
     discovery = start("web", wait=False, ping_every=0.02)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     world.failure = world.ping_failure = EngineError("does not answer")
-    until(lambda: not discovery.connected)
+    wait_until(lambda: not discovery.connected)
     assert discovery.states()[0].address == "10.0.0.2"
     world.failure = world.ping_failure = None
-    until(lambda: discovery.connected and len(world.streams) == 2)
+    wait_until(lambda: discovery.connected and len(world.streams) == 2)
 
 
 def test_a_forbidden_ping_is_an_answer(world: World, start: Start) -> None:
     world.ping_failure = EngineError("forbidden", status=403)
     discovery = start("web", wait=False, ping_every=0.01)
-    until(lambda: world.calls.count("ping") >= 5)
+    wait_until(lambda: world.calls.count("ping") >= 5)
     assert discovery.connected and len(world.streams) == 1
 
 
@@ -271,13 +273,14 @@ def test_a_connection_without_events_is_closed_again(
 
     monkeypatch.setattr(FakeEngine, "events", forbidden)
     discovery = start("web", wait=False)
-    until(lambda: len(world.connects) >= 3)
+    wait_until(lambda: len(world.connects) >= 3)
     assert world.closed >= 2 and not discovery.connected
 
 
 # --- the end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> None:
     changes: list[int] = []
     before = set(threading.enumerate())
@@ -287,7 +290,7 @@ def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> 
     began = time.monotonic()
     discovery.stop()
     assert time.monotonic() - began < 0.5
-    until(lambda: not set(threading.enumerate()) - before)
+    wait_until(lambda: not set(threading.enumerate()) - before)
     count = len(changes)
     world.containers["web"] = container("web", "10.0.0.9")
     world.send(event("web"))
@@ -299,6 +302,6 @@ def test_stop_while_there_is_no_engine(world: World, start: Start) -> None:
     before = set(threading.enumerate())
     world.failure = GONE
     discovery = start("web", wait=False)
-    until(lambda: len(world.connects) >= 2)
+    wait_until(lambda: len(world.connects) >= 2)
     discovery.stop()
-    until(lambda: not set(threading.enumerate()) - before)
+    wait_until(lambda: not set(threading.enumerate()) - before)

@@ -152,6 +152,7 @@ def test_an_address_that_is_none_is_an_engine_error(host: str) -> None:
         connect_engine(host)
 
 
+@pytest.mark.alone
 def test_a_silent_daemon_ends_in_time(server: Server) -> None:
     server.answers["/_ping"] = lambda _: time.sleep(2)
     began = time.monotonic()
@@ -308,6 +309,7 @@ def test_a_forbidden_stream_names_the_endpoint(server: Server) -> None:
         connect(server).events({})
 
 
+@pytest.mark.alone
 def test_a_stream_whose_head_never_comes_ends_in_time(server: Server) -> None:
     server.answers["/events"] = lambda _: time.sleep(2)
     began = time.monotonic()

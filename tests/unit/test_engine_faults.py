@@ -20,7 +20,8 @@ import pytest
 from ambassador.discovery import Discovery
 from ambassador.engine import connect_engine
 from ambassador.events import MAX_RECORD
-from tests.unit.fake_engine import Log, Start, World, container, event, settle, until
+from tests.support.fake_engine import Log, Start, World, container, event, settle
+from tests.support.wait import wait_until
 from tests.unit.test_engine import Handler, Server, says, server, usual_answers
 
 __all__ = ["server"]  # the fixture
@@ -50,7 +51,7 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
 
     discovery._connect = connect_later
     world.streams[-1].close()
-    until(lambda: len(world.streams) == 1)
+    wait_until(lambda: len(world.streams) == 1)
     # 150 times it dies and starts; what the replay still has of that ends with a death.
     world.containers["web"] = container(
         "web", "10.0.0.99", StartedAt="2026-01-01T00:10:00Z", Pid=99
@@ -61,8 +62,8 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
         replay += [happened("start", document["Id"], at), happened("die", document["Id"], at + 1)]
     world.calls.clear()
     go_on.set()
-    until(lambda: len(world.streams) == 2)
-    until(lambda: discovery.states()[0].address == "10.0.0.99")
+    wait_until(lambda: len(world.streams) == 2)
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.99")
     assert world.looks("web") == 1
     for piece in replay[-256:]:
         world.send(piece)
@@ -88,7 +89,7 @@ def test_duplicate_reordered_and_future_events(world: World, start: Start) -> No
         dice.shuffle(pieces)
         for piece in pieces:
             world.send(piece)
-        until(lambda address=address: discovery.states()[0].address == address)  # type: ignore[misc]
+        wait_until(lambda address=address: discovery.states()[0].address == address)  # type: ignore[misc]
         settle(world)
         assert discovery.states()[0].address == address
 
@@ -102,7 +103,7 @@ def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -
     world.containers["web"] = container("web", "10.0.0.9", StartedAt="2026-01-01T00:00:09Z")
     changes.clear()
     world.send(happened("start", document["Id"], BORN_NS + 9 * 10**9))
-    until(lambda: discovery.states()[0].address == "10.0.0.9")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.9")
     for _ in range(2):
         world.send(happened("die", document["Id"], BORN_NS + 5 * 10**9))
         settle(world)
@@ -175,10 +176,10 @@ def test_garbled_events(server: Server, kind: str) -> None:
     discovery = follow(server, log)
     discovery.start()
     try:
-        until(lambda: discovery.states()[0].address == "10.0.0.2")
+        wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
         tracemalloc.start()
         more.set()
-        until(lambda: discovery.states()[0].address == "10.0.0.7")
+        wait_until(lambda: discovery.states()[0].address == "10.0.0.7")
         _, peak = tracemalloc.get_traced_memory()
         assert peak < 16 * MAX_RECORD
         assert sum("/events" in line for line in server.asked) == 1, "the stream was given up"
@@ -226,7 +227,7 @@ def test_an_answer_that_is_none(server: Server, path: str, status: int, words: s
             assert words in line.replace('\\"', '"')
             assert str(server.server_address) in line
             before = len(server.asked)
-            until(lambda: len(server.asked) > before + 1)
+            wait_until(lambda: len(server.asked) > before + 1)
             assert program.poll() is None
         finally:
             program.terminate()

@@ -13,7 +13,7 @@ import pytest
 from ambassador.discovery import Discovery
 from ambassador.follower import LOUD_CHANGES, RETRIES, EngineError
 from ambassador.model import TargetState
-from tests.unit.fake_engine import (
+from tests.support.fake_engine import (
     DOCUMENTS,
     GONE,
     REDIS,
@@ -23,8 +23,8 @@ from tests.unit.fake_engine import (
     container,
     event,
     settle,
-    until,
 )
+from tests.support.wait import wait_until
 
 # --- looking -----------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def test_on_change_comes_after_the_state_and_only_then(world: World, start: Star
     world.failure = GONE
     made.append(start("web", wait=False, on_change=lambda: seen.append(made[0].states())))
     world.failure = None
-    until(lambda: seen)
+    wait_until(lambda: seen)
     assert seen[0][0].address == "10.0.0.2"
     for _ in range(5):
         world.send(event("web"))
@@ -68,7 +68,7 @@ def test_on_change_comes_after_the_state_and_only_then(world: World, start: Star
     assert len(seen) == 1
     world.containers["web"] = container("web", "10.0.0.9")
     world.send(event("web"))
-    until(lambda: len(seen) == 2)
+    wait_until(lambda: len(seen) == 2)
     assert seen[1][0].address == "10.0.0.9"
 
 
@@ -77,7 +77,7 @@ def test_a_restart_that_keeps_the_address_is_a_change(world: World, start: Start
     discovery = start("web")
     world.containers["web"] = container("web", StartedAt="2027-01-01T00:00:00Z")
     world.send(event("web"))
-    until(lambda: discovery.states()[0].started_at == "2027-01-01T00:00:00Z")
+    wait_until(lambda: discovery.states()[0].started_at == "2027-01-01T00:00:00Z")
 
 
 def test_another_containers_answer_is_not_taken(world: World, start: Start) -> None:
@@ -91,7 +91,7 @@ def test_gone_keeps_the_ports_and_drops_the_address(world: World, start: Start) 
     discovery = start("web")
     del world.containers["web"]
     world.send(event("web"))
-    until(lambda: discovery.states()[0] == TargetState("web", REDIS))
+    wait_until(lambda: discovery.states()[0] == TargetState("web", REDIS))
 
 
 def test_a_blocked_inspect_delays_its_own_target_only(world: World, start: Start) -> None:
@@ -103,13 +103,13 @@ def test_a_blocked_inspect_delays_its_own_target_only(world: World, start: Start
 
     world.containers = {"stuck": blocked, "web": container("web")}
     discovery = start("stuck", "web", wait=False)
-    until(lambda: discovery.states()[1].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[1].address == "10.0.0.2")
     assert discovery.states()[0].address is None
     world.containers["web"] = container("web", "10.0.0.7")
     world.send(event("web"))
-    until(lambda: discovery.states()[1].address == "10.0.0.7")
+    wait_until(lambda: discovery.states()[1].address == "10.0.0.7")
     release.set()
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
 
 
 def test_a_joined_container_is_asked_too_and_its_events_count(world: World, start: Start) -> None:
@@ -119,7 +119,7 @@ def test_a_joined_container_is_asked_too_and_its_events_count(world: World, star
     assert discovery.states()[0].address == "172.30.0.2"
     world.containers[owner["Id"]] = DOCUMENTS["user-network-stopped"]
     world.send(event("web", ident=owner["Id"]))
-    until(lambda: discovery.states()[0].address is None)
+    wait_until(lambda: discovery.states()[0].address is None)
     assert "web, which is not running" in discovery.states()[0].problem
 
 
@@ -133,18 +133,19 @@ def test_networks_are_asked_for_only_with_several_from_the_host(world: World, st
     assert discovery.states()[0].address == "172.30.5.2"
     world.network_list = EngineError("forbidden", status=403)
     world.send(event("two"))
-    until(lambda: discovery.states()[0].address == "172.30.0.3")
+    wait_until(lambda: discovery.states()[0].address == "172.30.0.3")
 
 
 # --- an address that is not there yet ----------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_an_empty_address_is_asked_for_again_without_an_event(world: World, start: Start) -> None:
     answers = iter([container("web", "")] * 3)
     world.containers["web"] = lambda: next(answers, container("web"))
     began = time.monotonic()
     discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     assert world.looks("web") == 4
     assert time.monotonic() - began < 1.0
     settle(world)
@@ -158,14 +159,14 @@ def test_the_retries_end_and_say_so(
     monkeypatch.setattr("ambassador.follower.RETRY_FIRST_S", 0.01)
     world.containers["web"] = container("web", "")
     discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].problem)
+    wait_until(lambda: discovery.states()[0].problem)
     assert "no address" in discovery.states()[0].problem
     settle(world)
     assert world.looks("web") == RETRIES + 1
     assert len(log.having("no address")) == 1
     world.containers["web"] = container("web")
     world.send(event("web"))
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     assert discovery.states()[0].problem == ""
 
 
@@ -178,12 +179,12 @@ def test_an_error_keeps_the_address_and_is_said_once(world: World, start: Start,
     world.containers["web"] = EngineError("answers with 500: broken", status=500)
     world.calls.clear()
     world.send(event("web"))
-    until(lambda: world.looks("web") >= 3)  # without further events
+    wait_until(lambda: world.looks("web") >= 3)  # without further events
     assert discovery.states()[0].address == "10.0.0.2"
     assert discovery.states()[0].problem == "answers with 500: broken"
     assert len(log.having("500: broken")) == 1
     world.containers["web"] = container("web")
-    until(lambda: discovery.states()[0].problem == "")
+    wait_until(lambda: discovery.states()[0].problem == "")
     assert len(log.having("can look at the target again")) == 1
 
 
@@ -191,7 +192,7 @@ def test_one_broken_connection_is_not_worth_a_line(world: World, start: Start, l
     answers = iter([EngineError("connection reset")])
     world.containers["web"] = lambda: next(answers, container("web"))
     discovery = start("web", wait=False)
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
     assert not log.having("connection reset")
 
 
@@ -201,9 +202,9 @@ def test_a_bug_does_not_end_the_thread(world: World, start: Start, log: Log) -> 
 
     world.containers["web"] = bug
     discovery = start("web", wait=False)
-    until(lambda: log.having("unexpected RuntimeError: oops"))
+    wait_until(lambda: log.having("unexpected RuntimeError: oops"))
     world.containers["web"] = container("web")
-    until(lambda: discovery.states()[0].address == "10.0.0.2")
+    wait_until(lambda: discovery.states()[0].address == "10.0.0.2")
 
 
 # --- what is said ------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_a_crash_loop_does_not_fill_the_log(world: World, start: Start, log: Log
     for _ in range(3 * LOUD_CHANGES):
         before = discovery.states()[0]
         world.send(event("web"))
-        until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
+        wait_until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
     assert len(log.having("target is running")) == LOUD_CHANGES
     assert len(log.having("changes often")) == 1
     assert len([line for line in log.every if "target is running" in line]) > 2 * LOUD_CHANGES
@@ -262,11 +263,11 @@ def test_a_quiet_minute_later_changes_are_said_again(world: World, start: Start,
     for _ in range(2 * LOUD_CHANGES):
         before = discovery.states()[0]
         world.send(event("web"))
-        until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
+        wait_until(lambda before=before: discovery.states()[0] != before)  # type: ignore[misc]
     said = len(log.having("target is running"))
     now[0] = 61.0
     world.send(event("web"))
-    until(lambda: len(log.having("target is running")) == said + 1)
+    wait_until(lambda: len(log.having("target is running")) == said + 1)
 
 
 # --- a death -----------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def test_a_death_drops_the_address_before_inspect_answers(world: World, start: S
 
     world.containers["web"] = slow
     world.send(died(document["Id"], BORN_NS + 1000))
-    until(lambda: discovery.states()[0].address is None, 1.0)
+    wait_until(lambda: discovery.states()[0].address is None, timeout_s=1.0)
     assert not cleaned.is_set(), "known while inspect still waits"
     assert discovery.states()[0].exposed == REDIS
     cleaned.set()
@@ -318,7 +319,7 @@ def test_a_look_that_began_before_the_death_is_not_believed(world: World, start:
     world.send(event("web"))
     assert asked.wait(5)
     world.send(died(document["Id"], BORN_NS + 1000))
-    until(lambda: discovery.states()[0].address is None)
+    wait_until(lambda: discovery.states()[0].address is None)
     addresses = set()
     answer.set()
     deadline = time.monotonic() + 0.2

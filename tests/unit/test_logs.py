@@ -337,6 +337,7 @@ def test_dropped_lines_are_reported_without_waiting_for_another_event() -> None:
     close(running)
 
 
+@pytest.mark.alone
 def test_close_gives_up_on_a_stuck_reader_at_the_deadline() -> None:
     reading, writing = os.pipe()
     with open(writing, "w") as stream:  # noqa: PTH123
