@@ -2,7 +2,7 @@
 
 import sys
 
-from ambassador.cli import main
+from ambassador.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

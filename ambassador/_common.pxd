@@ -42,9 +42,9 @@ cdef enum:
 
 cdef enum:
     COUNTERS_VERSION = 1
-    COUNTERS_BYTES = 4096  # of one worker's page; the file has one for each seat of the listener
+    COUNTERS_BYTES = 4096  # of one worker's page; the file has one for each slot of the listener
     COUNTERS_WORDS = COUNTERS_BYTES // 8
-    BEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from one that is stuck
+    HEARTBEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from one that is stuck
 
 ctypedef union address_t:
     sockaddr_in v4
@@ -62,14 +62,14 @@ cdef struct backends_t:  # the newest list; replaced whole
     uint32_t turn
 
 
-cdef inline uint64_t *counters_map(int fd, uint32_t seat, uint32_t seats) noexcept nogil:
-    """The page of `seat` among those behind `fd`, all of them mapped; NULL with errno if it cannot be had."""
-    cdef void *pages = mmap(NULL, seats * COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-    return NULL if pages == MAP_FAILED else <uint64_t *>pages + seat * COUNTERS_WORDS
+cdef inline uint64_t *counters_map(int fd, uint32_t slot, uint32_t slots) noexcept nogil:
+    """The page of `slot` among those behind `fd`, all of them mapped; NULL with errno if it cannot be had."""
+    cdef void *pages = mmap(NULL, slots * COUNTERS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    return NULL if pages == MAP_FAILED else <uint64_t *>pages + slot * COUNTERS_WORDS
 
 
-cdef inline void counters_unmap(uint64_t *page, uint32_t seat, uint32_t seats) noexcept nogil:
-    munmap(page - seat * COUNTERS_WORDS, seats * COUNTERS_BYTES)
+cdef inline void counters_unmap(uint64_t *page, uint32_t slot, uint32_t slots) noexcept nogil:
+    munmap(page - slot * COUNTERS_WORDS, slots * COUNTERS_BYTES)
 
 
 cdef inline void *pages_map(size_t length) noexcept nogil:

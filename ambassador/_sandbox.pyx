@@ -10,7 +10,7 @@ The steps, in the order in which they must be taken (each needs what a later one
     dumpable           no core file, and no other process of this user may look inside
     seccomp            the filter below: what is not on the list does not happen
 
-A step is not believed because its call returned 0: `survey` reads back what holds, so a container that has
+A step is not believed because its call returned 0: `steps_that_hold` reads back what holds, so a container that has
 taken something away before us satisfies the step too. Where the parent is not root, groups and bounding set
 cannot be changed and are not asked for: there is nothing of root's to give up, and neither is of use
 to a process that can open nothing and execute nothing.
@@ -23,7 +23,7 @@ number is the worker's pid past OWN_USERS, where no distribution assigns any; in
 no such number (rootless containers have 65536 of them) it is NOBODY.
 
 Why the filter is written by hand: it is a constant table in this module's read-only pages, shared by all
-workers. libseccomp (with pyseccomp, ctypes) would bring two libraries into the nursery and build the same
+workers. libseccomp (with pyseccomp, ctypes) would bring two libraries into the fork server and build the same
 program on the heap, for one listing of names. The table needs no jump counted by hand: the macros do.
 
 Sources: seccomp(2), Documentation/userspace-api/seccomp_filter.rst, capabilities(7), prctl(2),
@@ -264,7 +264,7 @@ cdef bint may_change_user() noexcept nogil:
     return capabilities_get(sets) == 0 and sets[0].effective >> CAP_KILL & 1
 
 
-cdef uint64_t survey() noexcept nogil:
+cdef uint64_t steps_that_hold() noexcept nogil:
     """The steps that hold, read back from the kernel; the filter's cannot be."""
     cdef uint64_t held = 0
     cdef capability_set sets[2]
@@ -286,7 +286,7 @@ cdef uint64_t survey() noexcept nogil:
     return held
 
 
-cdef uint64_t give_up() noexcept nogil:
+cdef uint64_t drop_privileges() noexcept nogil:
     """Take every step. The word that says which hold, and which of those that are wanted do not."""
     cdef uint64_t wanted = ALL_STEPS, held
     cdef uid_t user
@@ -306,24 +306,24 @@ cdef uint64_t give_up() noexcept nogil:
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capabilities_drop()
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # after the change of user, which sets it anew
-    held = survey()
+    held = steps_that_hold()
     if filter_install() == 0:
         held |= SECCOMP
     return ENTERED | held | (wanted & ~held) << MISSING_SHIFT
 
 
-def enter(int counters, uint32_t seat, uint32_t seats):
+def enter(int counters, uint32_t slot, uint32_t slots):
     """Give up all of it, and write into this worker's page of the counters (a memfd) what holds.
 
     Returns the steps that are wanting, as bits. There is no way back: the caller has no other thread, and has
     opened all that it will ever open. Raises OSError where the page cannot be mapped.
     """
     cdef uint64_t word
-    cdef uint64_t *page = counters_map(counters, seat, seats)
+    cdef uint64_t *page = counters_map(counters, slot, slots)
     if page == NULL:
         raise OSError(errno, "mmap of the counters page")
     with nogil:
-        word = give_up()
+        word = drop_privileges()
     page[COUNTER_SANDBOX] = word
-    counters_unmap(page, seat, seats)
+    counters_unmap(page, slot, slots)
     return word >> MISSING_SHIFT & ALL_STEPS

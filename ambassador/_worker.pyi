@@ -15,7 +15,7 @@ EXIT_BAD_CONTROL: Final[int]
 """What it was told makes no sense (EX_DATAERR of sysexits.h)."""
 EXIT_BROKEN: Final[int]
 """The loop could not be set up or failed (EX_SOFTWARE)."""
-EXIT_UNCONFINED: Final[int]
+EXIT_NO_SANDBOX: Final[int]
 """The sandbox is required and something of it cannot be had (EX_NOPERM)."""
 
 def main(listener: int, control: int, counters: int) -> int: ...

@@ -1,6 +1,6 @@
 """A worker's life: the entry point of the child. Its handle in the parent is worker.py. Compiled for memory.
 
-Whatever Python touches here is a page that the worker no longer shares with the nursery: reference counts,
+Whatever Python touches here is a page that the worker no longer shares with the fork server: reference counts,
 the caches in a function's bytecode, the pools of small objects. The same steps as Python cost each idle
 worker 0.15 MB more (CPython 3.11).
 
@@ -27,8 +27,8 @@ from ambassador._common cimport (
 )
 from ambassador._common cimport COUNTERS_BYTES as PAGE_BYTES
 from ambassador._linux cimport EINTR, F_SETFL, O_NONBLOCK, close, errno, fcntl, read
-from ambassador._wire import DRAIN, GSO, SANDBOX, SANDBOX_REQUIRED, START, TCP, take
-from ambassador.titles import show_title
+from ambassador._control import DRAIN, GSO, SANDBOX, SANDBOX_REQUIRED, START, TCP, take
+from ambassador.system.titles import show_title
 
 cdef enum:
     READ_BYTES = 65536  # as much as a pipe holds
@@ -45,7 +45,7 @@ EXIT_DRAINED = 0
 EXIT_PARENT_GONE = 0
 EXIT_BAD_CONTROL = 65  # what it was told makes no sense (EX_DATAERR of sysexits.h)
 EXIT_BROKEN = 70  # the loop could not be set up or failed (EX_SOFTWARE)
-EXIT_UNCONFINED = 77  # the sandbox is required and something of it cannot be had (EX_NOPERM)
+EXIT_NO_SANDBOX = 77  # the sandbox is required and something of it cannot be had (EX_NOPERM)
 
 cdef int kind_start = START, kind_drain = DRAIN
 cdef int flag_gso = GSO, flag_sandbox = SANDBOX, flag_required = SANDBOX_REQUIRED
@@ -75,17 +75,17 @@ cdef object serve(int listener, int control, int counters):
         if taken is None:
             if loop is not None and <int>loop.run() == reason_drained:
                 return EXIT_DRAINED
-            if not hear(control, stream):
+            if not receive(control, stream):
                 return EXIT_PARENT_GONE
             continue
         kind, number, content = taken
         if (kind == kind_start) == (loop is not None):
             raise ValueError("a Start comes first, and once")
         if loop is None:
-            protocol, flags, seat, seats = content[1], content[2], content[12], content[13]
+            protocol, flags, slot, slots = content[1], content[2], content[12], content[13]
             fcntl(control, F_SETFL, O_NONBLOCK)
-            if flags & flag_sandbox and _sandbox.enter(counters, seat, seats) and flags & flag_required:
-                return EXIT_UNCONFINED
+            if flags & flag_sandbox and _sandbox.enter(counters, slot, slots) and flags & flag_required:
+                return EXIT_NO_SANDBOX
             loop = make_loop(content, listener, control, counters)
             close(counters)
         elif kind == kind_drain:
@@ -99,7 +99,7 @@ cdef object serve(int listener, int control, int counters):
             show_title(title)
 
 
-cdef bint hear(int control, bytearray stream) except -1:
+cdef bint receive(int control, bytearray stream) except -1:
     """Add to `stream` what the control pipe has. False at its end. Raises OSError."""
     cdef ssize_t got = read(control, inbox, READ_BYTES)
     while got < 0 and errno == EINTR:
@@ -113,14 +113,14 @@ cdef bint hear(int control, bytearray stream) except -1:
 cdef object make_loop(tuple start, int listener, int control, int counters):
     """The loop that a Start asks for: the numbers of start_t (_wire.pyx), in their order."""
     _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held = start[:8]
-    pipe_bytes, max_connections, idle_ms, half_close_ms, seat, seats = start[8:]
+    pipe_bytes, max_connections, idle_ms, half_close_ms, slot, slots = start[8:]
     if protocol == protocol_tcp:
         return _splice.TcpRelay(
             listener,
             control,
             counters=counters,
-            seat=seat,
-            seats=seats,
+            slot=slot,
+            slots=slots,
             hold_ms=hold_ms,
             connect_ms=connect_ms,
             max_held=max_held,
@@ -133,8 +133,8 @@ cdef object make_loop(tuple start, int listener, int control, int counters):
         listener,
         control,
         counters=counters,
-        seat=seat,
-        seats=seats,
+        slot=slot,
+        slots=slots,
         hold_ms=hold_ms,
         session_idle_ms=session_idle_ms,
         max_sessions=max_sessions,

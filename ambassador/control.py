@@ -27,13 +27,15 @@ from collections.abc import Iterator
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ambassador import _wire
-from ambassador.model import Listener, Protocol, Sandbox
+from ambassador import _control
+from ambassador.model import Listener
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 
-VERSION = _wire.VERSION
-MAX_PAYLOAD = _wire.MAX_PAYLOAD
-MAX_BACKENDS = _wire.MAX_BACKENDS
-MAX_SEATS = _wire.MAX_SEATS
+VERSION = _control.VERSION
+MAX_PAYLOAD = _control.MAX_PAYLOAD
+MAX_BACKENDS = _control.MAX_BACKENDS
+MAX_SLOTS = _control.MAX_SLOTS
 
 _HEADER = struct.Struct("<BBHIQ")
 _START = struct.Struct("<HBBIIIIIIIIIHH")
@@ -43,7 +45,7 @@ _DRAIN = struct.Struct("<I")
 
 
 if TYPE_CHECKING:
-    from ambassador._wire import StartNumbers
+    from ambassador._control import StartNumbers
 
 
 class BadRecord(ValueError):
@@ -51,9 +53,9 @@ class BadRecord(ValueError):
 
 
 class RecordType(enum.IntEnum):
-    START = _wire.START
-    REPOINT = _wire.REPOINT
-    DRAIN = _wire.DRAIN
+    START = _control.START
+    REPOINT = _control.REPOINT
+    DRAIN = _control.DRAIN
 
 
 class Start(NamedTuple):
@@ -61,7 +63,7 @@ class Start(NamedTuple):
 
     Times are milliseconds. `pipe_bytes` 0 forces copying; `gso` False forces one send per datagram.
     `max_connections`, `idle_ms` and `half_close_ms` are of TCP; 0 is no limit. `max_connections` is for all
-    `seats` of the listener together; the worker has `seat`, and that page of the counters.
+    `slots` of the listener together; the worker has `slot`, and that page of the counters.
     """
 
     listener: Listener
@@ -76,8 +78,8 @@ class Start(NamedTuple):
     max_connections: int = 0
     idle_ms: int = 0
     half_close_ms: int = 0
-    seat: int = 0
-    seats: int = 1
+    slot: int = 0
+    slots: int = 1
 
 
 class Destination(NamedTuple):
@@ -135,7 +137,7 @@ def pack(record: Record) -> bytes:
 class Unpacker:
     """Splits a byte stream into records; holds the bytes of an unfinished one.
 
-    For tests and tools: a worker calls `_wire.take`, as this does, and spares itself the objects.
+    For tests and tools: a worker calls `_control.take`, as this does, and spares itself the objects.
     """
 
     def __init__(self) -> None:
@@ -145,7 +147,7 @@ class Unpacker:
         """Yield each record that `data` completes. Raises BadRecord; then the stream is unusable."""
         self._bytes += data
         try:
-            while (taken := _wire.take(self._bytes)) is not None:
+            while (taken := _control.take(self._bytes)) is not None:
                 yield _record(*taken)
         except ValueError as error:
             raise BadRecord(f"control record: {error}") from error
@@ -168,7 +170,7 @@ def _record(kind: int, generation: int, content: Any) -> Record:
 def _start(numbers: StartNumbers) -> Start:
     port, number, flags, hold, connect, idle, sessions, held, pipe, *tcp_and_seat = numbers
     protocol = next(protocol for protocol, known in _PROTOCOLS.items() if known == number)
-    gso, sandbox = bool(flags & _wire.GSO), _SANDBOX_OF[flags & _SANDBOX_BITS]
+    gso, sandbox = bool(flags & _control.GSO), _SANDBOX_OF[flags & _SANDBOX_BITS]
     listener = Listener(port, protocol)
     return Start(listener, hold, connect, idle, sessions, held, pipe, gso, sandbox, *tcp_and_seat)
 
@@ -179,23 +181,23 @@ def _destination(backend: tuple[bytes, int, int, int]) -> Destination:
     return Destination(f"{address}%{zone}" if zone else address, port, identity)
 
 
-_PROTOCOLS = {Protocol.TCP: _wire.TCP, Protocol.UDP: _wire.UDP}
+_PROTOCOLS = {Protocol.TCP: _control.TCP, Protocol.UDP: _control.UDP}
 _SANDBOX = {
     Sandbox.OFF: 0,
-    Sandbox.AUTO: _wire.SANDBOX,
-    Sandbox.REQUIRED: _wire.SANDBOX | _wire.SANDBOX_REQUIRED,
+    Sandbox.AUTO: _control.SANDBOX,
+    Sandbox.REQUIRED: _control.SANDBOX | _control.SANDBOX_REQUIRED,
 }
 _SANDBOX_OF = {flags: sandbox for sandbox, flags in _SANDBOX.items()}
-_SANDBOX_BITS = _wire.SANDBOX | _wire.SANDBOX_REQUIRED
+_SANDBOX_BITS = _control.SANDBOX | _control.SANDBOX_REQUIRED
 
 
 def _pack_start(record: Start) -> bytes:
-    if not 0 <= record.seat < record.seats <= _wire.MAX_SEATS:
-        raise ValueError(f"there is no seat {record.seat} of {record.seats}")
+    if not 0 <= record.slot < record.slots <= _control.MAX_SLOTS:
+        raise ValueError(f"there is no seat {record.slot} of {record.slots}")
     return _START.pack(
         record.listener.port,
         _PROTOCOLS[record.listener.protocol],
-        (_wire.GSO if record.gso else 0) | _SANDBOX[record.sandbox],
+        (_control.GSO if record.gso else 0) | _SANDBOX[record.sandbox],
         record.hold_ms,
         record.connect_ms,
         record.session_idle_ms,
@@ -205,8 +207,8 @@ def _pack_start(record: Start) -> bytes:
         record.max_connections,
         record.idle_ms,
         record.half_close_ms,
-        record.seat,
-        record.seats,
+        record.slot,
+        record.slots,
     )
 
 

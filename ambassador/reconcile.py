@@ -44,7 +44,7 @@ class Stop:
 Action = Start | Repoint | Stop
 
 
-def desire(targets: Sequence[TargetState]) -> DesiredState:
+def merge(targets: Sequence[TargetState]) -> DesiredState:
     """The whole desired state for `targets`, which are in the order of the command line.
 
     Its problems are those between targets; a target's own are its TargetState's.

@@ -53,7 +53,7 @@ def test_daemon_killed(own: OwnEngine) -> None:
             assert old.ask(b"as before") == b"as before"
             assert caller.ask(b"as ever") == (b"db as ever", HERE)
         assert len(lines_with(ambassador, "cannot ask Docker")) == 1
-        assert lines_with(ambassador, "repointed") == [], "nothing changed for db"
+        assert lines_with(ambassador, "backend changed") == [], "nothing changed for db"
 
         with Conversation(HERE, mortal_port) as held:
             mortal.start()  # and what it says is heard again

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.discovery import Discovery, connect_engine
+from ambassador.discovery.docker_source import DockerSource, connect_engine
 from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
 from tests.support.engine import Stage, lines_with, run_server, wait_until_accepts
 from tests.support.fake_engine import Log
@@ -70,7 +70,7 @@ class TcpFront:
 
 
 @contextlib.contextmanager
-def followed(discovery: Discovery) -> Iterator[Discovery]:
+def followed(discovery: DockerSource) -> Iterator[DockerSource]:
     discovery.start()
     try:
         yield discovery
@@ -85,7 +85,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
     db = run_server(stage, "db", f"{PORT}/tcp")
     with linked() as namespace:
         front = TcpFront(namespace, stage.engine.socket)
-        discovery = Discovery(
+        discovery = DockerSource(
             lambda: connect_engine(front.address, timeout=QUICK_S),
             [db.name],
             network=None,
@@ -152,7 +152,7 @@ def test_daemon_hangs(own: OwnEngine) -> None:
                 mortal.start()
                 assert held.greeting()[0] == "mortal"
             assert old.ask(b"and after") == b"and after"
-        assert lines_with(ambassador, "repointed", db.name) == []
+        assert lines_with(ambassador, "backend changed", db.name) == []
 
 
 @pytest.mark.alone
@@ -161,7 +161,7 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
     log = Log()
     db = run_server(stage, "db", f"{PORT}/tcp")
     with EngineProxy(tmp_path / "s", stage.engine.socket) as proxy:
-        discovery = Discovery(
+        discovery = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
             network=None,
@@ -252,7 +252,7 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
             wait_until(lambda: caller.ask(b"x"), "an answer")
         assert ambassador.stop() == 0
         # What it asks every 10 and 30 s, sooner.
-        watching = Discovery(
+        watching = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
             network=None,

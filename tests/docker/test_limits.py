@@ -50,7 +50,7 @@ def test_memory_limit(stage: Stage) -> None:
     for sock in [*(c.socket for c in conversations), *(c.socket for c in callers)]:
         sock.close()
     assert greet(host) == "db"
-    assert not ambassador.inspect()["State"]["OOMKilled"]
+    assert not ambassador.discovery.target_address()["State"]["OOMKilled"]
     assert lines_with(ambassador, "worker ended") == []
 
 

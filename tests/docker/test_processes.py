@@ -1,4 +1,4 @@
-"""What happens to the ambassador's own processes: its workers, its nursery, its parent.
+"""What happens to the ambassador's own processes: its workers, its fork server, its parent.
 
 Fault rows W1, P1, P2, P3.
 """
@@ -27,7 +27,7 @@ from tests.support.engine import (
 from tests.support.net import free_port
 from tests.support.processes import descendants, is_gone, read_process, started_at, workers_of
 from tests.support.program import Program
-from tests.support.wait import PATIENCE_S, wait_until
+from tests.support.wait import TIMEOUT_S, wait_until
 
 TCP = f"{PORT}/tcp"
 HERE = "127.0.0.1"
@@ -35,7 +35,7 @@ HERE = "127.0.0.1"
 
 def parent_pid(ambassador: Box) -> int:
     """The first process of a container, as this machine numbers it."""
-    return int(ambassador.inspect()["State"]["Pid"])
+    return int(ambassador.discovery.target_address()["State"]["Pid"])
 
 
 def run_on_host(stage: Stage, *args: str) -> tuple[Program, int]:
@@ -84,7 +84,7 @@ def test_worker_killed(stage: Stage) -> None:
         (successor,) = wait_until(lambda: workers_of(parent), "one worker")
         assert successor.pid != worker.pid
         assert started_at(successor.pid) - killed < 1
-    ambassador.wait_for_log("worker ended, replacing it.*killed by SIGKILL")
+    ambassador.wait_for_log("worker exited, restarting.*killed by SIGKILL")
     assert [process for process in descendants(parent) if process.state == "Z"] == []
 
 
@@ -98,8 +98,8 @@ def send_to_the_end(conversation: Conversation) -> str:
         return "end"
 
 
-def test_nursery_killed(stage: Stage) -> None:
-    """W1, P3: open connections go on; the next worker has another nursery; nobody is left a zombie."""
+def test_fork_server_killed(stage: Stage) -> None:
+    """W1, P3: open connections go on; the next worker has another fork server; nobody is left a zombie."""
     db = run_server(stage, "db", TCP)
     ambassador, host = run_ambassador(stage, "-name", db.name)
     parent = parent_pid(ambassador)
@@ -107,7 +107,7 @@ def test_nursery_killed(stage: Stage) -> None:
     with Conversation(host) as conversation:
         conversation.greeting()
         os.kill(worker.parent, signal.SIGKILL)
-        ambassador.wait_for_log("the nursery ended, starting another")
+        ambassador.wait_for_log("fork server exited, restarting")
         assert conversation.ask(b"still here") == b"still here"
         assert greet(host) == "db"
         os.kill(worker.pid, signal.SIGKILL)
@@ -120,10 +120,10 @@ def test_nursery_killed(stage: Stage) -> None:
 
 @pytest.mark.alone
 def test_parent_killed(stage: Stage) -> None:
-    """P1: nursery and workers are gone within a second, the ports free, connections reset."""
+    """P1: fork server and workers are gone within a second, the ports free, connections reset."""
     ambassador, port = run_on_host(stage)
     everybody = descendants(ambassador.pid)
-    assert len(everybody) == 3, "a nursery and two workers"
+    assert len(everybody) == 3, "a fork server and two workers"
     with Conversation(HERE, port) as conversation:
         conversation.greeting()
         ambassador.process.kill()
@@ -145,7 +145,7 @@ def test_told_to_stop_on_the_host(stage: Stage, number: signal.Signals) -> None:
         conversation.greeting()
         begin = time.monotonic()
         ambassador.process.send_signal(number)
-        assert ambassador.process.wait(PATIENCE_S) == 0
+        assert ambassador.process.wait(TIMEOUT_S) == 0
         assert time.monotonic() - begin < 1.5
         assert conversation.ending() == "reset"
     assert all(map(is_gone, everybody))
@@ -165,7 +165,7 @@ def test_told_to_stop_twice(stage: Stage) -> None:
         assert ambassador.process.poll() is None
         begin = time.monotonic()
         ambassador.process.terminate()
-        assert ambassador.process.wait(PATIENCE_S) == 0
+        assert ambassador.process.wait(TIMEOUT_S) == 0
         assert time.monotonic() - begin < 1
         assert conversation.ending() == "reset"
     assert all(map(is_gone, everybody))
@@ -179,7 +179,7 @@ def test_last_conversation_ends_the_drain(stage: Stage) -> None:
         ambassador.process.terminate()
         wait_until_refuses(HERE, port)
         assert conversation.ask(b"the last word") == b"the last word"
-    assert ambassador.process.wait(PATIENCE_S) == 0
+    assert ambassador.process.wait(TIMEOUT_S) == 0
 
 
 @pytest.mark.alone
@@ -202,7 +202,7 @@ def test_docker_stop(stage: Stage, init: str, open_connections: int) -> None:
             assert ambassador.stop(timeout=30) == 0
             took.append(finished_at(ambassador) - begin)
     assert min(took) < 1, took
-    assert "Traceback" not in ambassador.logs()
+    assert "Traceback" not in ambassador.system.logs()
 
 
 _ORPHAN = """

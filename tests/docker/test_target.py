@@ -200,7 +200,7 @@ def test_pause_under_traffic(stage: Stage) -> None:
         for thread in threads:
             thread.join(60)
     assert bytes(got) == sent
-    assert lines_with(ambassador, "repointed") == [], "a pause is no change"
+    assert lines_with(ambassador, "backend changed") == [], "a pause is no change"
 
 
 def test_renamed(stage: Stage) -> None:

@@ -32,7 +32,7 @@ HERE = "127.0.0.1"
 
 def held_by(ambassador: Box) -> int:
     """The descriptors of all its processes."""
-    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
+    parent = psutil.Process(int(ambassador.discovery.target_address()["State"]["Pid"]))
     return sum(process.num_fds() for process in (parent, *parent.children(recursive=True)))
 
 
@@ -60,7 +60,7 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     assert held_by(ambassador) <= before + 2, "more than another connection to Docker"
     crashes = crashing.inspect()["RestartCount"] + 1
     for name in (healthy.name, other.name):
-        assert lines_with(ambassador, "repointed", name) == []
+        assert lines_with(ambassador, "backend changed", name) == []
     # Of each crash: it runs, it does not, and for either port that there is a backend and is none.
     assert len(lines_with(ambassador, crashing.name)) <= 6 * crashes + 4
 

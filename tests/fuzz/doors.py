@@ -15,7 +15,9 @@ from typing import Any
 
 from setproctitle import getproctitle, setproctitle
 
-from ambassador import _wire, documents, inspect
+from ambassador import _control
+from ambassador.discovery import documents
+from ambassador.discovery import target_address as inspect
 from ambassador.control import (
     MAX_PAYLOAD,
     BadRecord,
@@ -26,12 +28,12 @@ from ambassador.control import (
     Unpacker,
     pack,
 )
-from ambassador.events import MAX_RECORD, EventParser, death, subject
-from ambassador.logs import format_line
+from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
+from ambassador.system.logs import format_line
 from ambassador.model import Route, TargetState
-from ambassador.options import MissingName, UsageError, parse_options, parse_routes
-from ambassador.reconcile import desire
-from ambassador.titles import PROGRAM, set_title
+from ambassador.cli.arguments import MissingName, UsageError, parse_options, parse_routes
+from ambassador.reconcile import merge
+from ambassador.system.titles import PROGRAM, set_title
 
 CORPUS = Path(__file__).parent / "corpus"
 HEADER_BYTES = 16
@@ -73,7 +75,7 @@ def control(data: bytes) -> None:
     stream = bytearray(data)
     before = bytes(stream)
     try:
-        _wire.take(stream)
+        _control.take(stream)
     except ValueError:
         assert bytes(stream) == before, "a refused stream was changed"
 
@@ -113,11 +115,11 @@ def document(data: bytes) -> None:
     read = _json(data)
     if not isinstance(read, dict):
         return
-    own = documents.vantage_of(read)
-    for vantage in (documents.Vantage(), own, documents.vantage_of(read, read)):
+    own = documents.own_networks_of(read)
+    for own_networks in (documents.OwnNetworks(), own, documents.own_networks_of(read, read)):
         for network in (None, "bridge"):
             for joined in (None, read):
-                state = inspect.target_state("web\n", read, vantage, network=network, joined=joined)
+                state = inspect.target_state("web\n", read, own_networks, network=network, joined=joined)
                 _check_state(state)
                 _check_state(inspect.keep_exposed(state, inspect.absent_state(state)))
                 inspect.awaits_address(read, state)
@@ -128,7 +130,7 @@ def document(data: bytes) -> None:
 
 def _check_state(state: TargetState) -> None:
     assert is_one_line(state.problem)
-    desired = desire((state,))
+    desired = merge((state,))
     assert all(map(is_one_line, desired.problems))
     _check_routes(tuple(desired.routes.values()))
 

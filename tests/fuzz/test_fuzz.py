@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ambassador.cli import main
-from ambassador.options import MissingName, UsageError, parse_options
+from ambassador.cli.main import main
+from ambassador.cli.arguments import MissingName, UsageError, parse_options
 from tests.fuzz.doors import DOORS, seeds
 from tests.fuzz.mutate import nonsense
 

@@ -1,4 +1,4 @@
-"""Fixtures: one nursery for the whole run, and workers, peers and namespaces for one test each."""
+"""Fixtures: one fork server for the whole run, and workers, peers and namespaces for one test each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers
 from tests.support.program import Program, Run
 from tests.support.worker import Destination, StartWorker, Worker, Yard

@@ -9,7 +9,7 @@ must hold: the invariants of docs/design.md, numbered below.
 6. A worker at rest sleeps.
 7. Exactly one live worker per listener, and nobody else.
 
-Supervisor, nursery, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make a longer run,
+Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make a longer run,
 `MACHINE_SHRINK=1` looks for the shortest steps to one. A failure is printed as steps, to make a test of:
 of the loop it was in where that can be told apart (test_udp_trial.py has the first), else at the end here.
 """
@@ -39,7 +39,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.processes import children, descriptors, private_kb, stopped, turns
 from tests.support.wait import SANITIZED, wait_until
 from tests.support.worker import Parent, Watched, bind_free, check_tcp_counters, check_udp_counters
@@ -86,7 +86,7 @@ class Machine(RuleBasedStateMachine):
     """One pair of listeners, from their first worker to their withdrawal."""
 
     parent: Parent  # one for all examples: see `machine`
-    parent_rest: tuple[int, int] | None  # descriptors of parent and nursery without a worker
+    parent_rest: tuple[int, int] | None  # descriptors of parent and fork server without a worker
     rest_kb: dict[Protocol, int]  # the private memory of a worker that has relayed and rests
 
     def __init__(self) -> None:
@@ -431,7 +431,7 @@ class Machine(RuleBasedStateMachine):
             wait_until(lambda: self.parent_descriptors() == self.parent_rest, "", RESET_S)
         assert self.parent_descriptors() == self.parent_rest, (
             descriptors(self.parent.pid),
-            descriptors(self.parent.nursery),
+            descriptors(self.parent.fork_server),
         )
 
     def wait_until_the_parent_rests(self) -> None:
@@ -442,7 +442,7 @@ class Machine(RuleBasedStateMachine):
             time.sleep(4 * SLEEP_S)
 
     def parent_descriptors(self) -> tuple[int, int]:
-        return len(descriptors(self.parent.pid)), len(descriptors(self.parent.nursery))
+        return len(descriptors(self.parent.pid)), len(descriptors(self.parent.fork_server))
 
 
 def _unread(path: Path) -> int:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers, exchange
 from tests.support.processes import private_kb
 from tests.support.wait import wait_until

@@ -19,14 +19,16 @@ from pathlib import Path
 import pytest
 
 import ambassador
-from ambassador import _sandbox, sandbox
-from ambassador._worker import COUNTERS_BYTES, EXIT_UNCONFINED
-from ambassador.model import Protocol, Sandbox
+from ambassador import _sandbox
+from ambassador.supervise import sandbox
+from ambassador._worker import COUNTERS_BYTES, EXIT_NO_SANDBOX
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 from tests.support.endpoints import Peers, Server, read_exactly
 from tests.support.net import free_port
 from tests.support.processes import status
 from tests.support.program import Program, Run
-from tests.support.wait import PATIENCE_S, wait_until
+from tests.support.wait import TIMEOUT_S, wait_until
 from tests.support.worker import StartWorker, destination
 
 pytestmark = pytest.mark.native
@@ -100,8 +102,8 @@ def test_a_worker_holds_no_power(start: StartWorker, peers: Peers, protocol: Pro
     assert said["NoNewPrivs"] == "1"
     assert said["Seccomp"] == "2"
     assert Path(f"/proc/{worker.pid}/mem").stat().st_uid == 0  # not dumpable: root's, not its own
-    assert worker.sandbox and sandbox.lacking(worker.sandbox) == ()
-    # Of sockets it has its listener alone: no Docker's, no nursery's.
+    assert worker.sandbox and sandbox.missing_steps(worker.sandbox) == ()
+    # Of sockets it has its listener alone: no Docker's, no fork server's.
     sockets = [name for name in worker.descriptors().values() if name.startswith("socket:")]
     assert len(sockets) == 1
 
@@ -329,7 +331,7 @@ class Relay(Program):
         super().__init__("relay", *flags, route, command=command)
 
     def serves(self) -> None:
-        socket.create_connection(("127.0.0.1", self.port), PATIENCE_S).close()
+        socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S).close()
 
 
 def test_auto_warns_once() -> None:
@@ -346,7 +348,7 @@ def test_auto_warns_once() -> None:
 
 def test_required_ends_the_program() -> None:
     relay = Relay(WITHOUT_SETUID, "-sandbox", "required", "-workers", "2")
-    assert relay.process.wait(PATIENCE_S) == 1
+    assert relay.process.wait(TIMEOUT_S) == 1
     log = relay.text
     assert log.count("the sandbox is required and cannot be had") == 1
     assert "SETUID" in log
@@ -377,10 +379,10 @@ def test_another_user_than_root_has_nothing_to_give_up() -> None:
 
 def test_the_worker_has_an_exit_code_of_its_own(start: StartWorker) -> None:
     """And says in its page what was lacking, which the parent still reads."""
-    assert EXIT_UNCONFINED == 77
+    assert EXIT_NO_SANDBOX == 77
     word = 1 << 16 | 8 << _sandbox.MISSING
-    assert sandbox.lacking(word) == ("uid",)
-    assert sandbox.lacking(0) == ()
+    assert sandbox.missing_steps(word) == ("uid",)
+    assert sandbox.missing_steps(0) == ()
     assert "seccomp" in sandbox.advice(("seccomp",))
 
 
@@ -389,7 +391,7 @@ def test_connections_still_work_with_everything_on(start: StartWorker, peers: Pe
     with Server(server):
         tcp = start(Protocol.TCP, destination(server), sandbox=Sandbox.REQUIRED)
         for _ in range(50):
-            with socket.create_connection(("127.0.0.1", tcp.port), PATIENCE_S) as client:
+            with socket.create_connection(("127.0.0.1", tcp.port), TIMEOUT_S) as client:
                 client.sendall(b"hello")
                 assert read_exactly(client, 5) == b"hello"
     udp = start(Protocol.UDP, destination(datagrams), sandbox=Sandbox.REQUIRED)

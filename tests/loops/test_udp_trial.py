@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.endpoints import Peers, datagram, number_of, numbers, receive
-from tests.support.wait import PATIENCE_S
+from tests.support.wait import TIMEOUT_S
 from tests.support.worker import StartWorker, check_udp_counters, destination
 
 
@@ -25,7 +25,7 @@ def reserved() -> Iterator[int]:
 
 def listen(port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(PATIENCE_S)
+    sock.settimeout(TIMEOUT_S)
     sock.bind(("127.0.0.1", port))
     return sock
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers, fill, read_exactly, read_to_end, read_to_reset
 from tests.support.net import free_port, is_free
 from tests.support.processes import is_gone, stopped
@@ -112,10 +112,10 @@ def test_descriptors_are_exactly_those_allowed(start: StartWorker, peers: Peers)
             assert found[max(found)] == "anon_inode:[eventpoll]"
 
 
-def test_the_nursery_keeps_no_descriptor_of_a_worker(
+def test_the_fork_server_keeps_no_descriptor_of_a_worker(
     yard: Yard,
 ) -> None:
-    """W7, C13: fifty workers come and go; the nursery has as many descriptors as before."""
+    """W7, C13: fifty workers come and go; the fork server has as many descriptors as before."""
 
     def count() -> int:
         return len(list(Path(f"/proc/{yard.pid}/fd").iterdir()))
@@ -123,7 +123,7 @@ def test_the_nursery_keeps_no_descriptor_of_a_worker(
     before = count()
     for _ in range(50):
         Worker(yard, Protocol.TCP).close()
-    wait_until(lambda: count() == before, "the nursery keeps descriptors")
+    wait_until(lambda: count() == before, "the fork server keeps descriptors")
 
 
 # --------------------------------------------------------------------------------------------- control
@@ -267,7 +267,7 @@ def test_the_title_says_who_it_is(start_tcp: StartWorker) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("made", ["fork", "launch"])
 def test_the_parent_is_killed(tools: None, made: str) -> None:
-    """P1: SIGKILL of the parent: nursery and workers are gone within a second, even a stopped one."""
+    """P1: SIGKILL of the parent: fork server and workers are gone within a second, even a stopped one."""
     ports = [(protocol, free_port()) for protocol in (*Protocol, *Protocol)]
     with parent_of_workers(made, ports) as parent:
         assert parent.stdout is not None
@@ -280,8 +280,8 @@ def test_the_parent_is_killed(tools: None, made: str) -> None:
             assert all(is_free(port) for _, port in ports)
 
 
-def test_the_nursery_is_let_go(peers: Peers) -> None:
-    """P1: when its parent closes the socket the nursery ends, and takes its workers with it."""
+def test_the_fork_server_is_let_go(peers: Peers) -> None:
+    """P1: when its parent closes the socket the fork server ends, and takes its workers with it."""
     yard = Yard()
     worker = Worker(yard, Protocol.TCP)
     with worker.stopped():
@@ -290,14 +290,14 @@ def test_the_nursery_is_let_go(peers: Peers) -> None:
     worker.let_go()
 
 
-def test_the_nursery_is_killed(peers: Peers) -> None:
-    """W1: the nursery's death costs nothing: its workers go on, and end with their parent's pipe."""
+def test_the_fork_server_is_killed(peers: Peers) -> None:
+    """W1: the fork server's death costs nothing: its workers go on, and end with their parent's pipe."""
     yard = Yard()
     server = peers.server()
     worker = Worker(yard, Protocol.TCP, destination(server))
     client, backend = peers.pair(worker, server)
     os.kill(yard.pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(yard.pid), "the nursery does not die")
+    wait_until(lambda: is_gone(yard.pid), "the fork server does not die")
     client.sendall(b"x")
     assert read_exactly(backend, 1) == b"x"
     peers.pair(worker, server)

@@ -8,7 +8,7 @@ import socket
 
 import psutil
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers, Server, read_exactly
 from tests.support.net import free_port
 from tests.support.processes import is_gone

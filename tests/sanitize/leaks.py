@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ambassador import _datagram, _splice
 from ambassador.control import Repoint, pack
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.support.endpoints import Server, read_exactly, reset
 from tests.support.worker import bind_free
 
@@ -89,8 +89,8 @@ def main() -> int:
             listener,
             control,
             counters=counters,
-            seat=0,
-            seats=1,
+            slot=0,
+            slots=1,
             hold_ms=1000,
             connect_ms=1000,
             max_held=16,
@@ -105,8 +105,8 @@ def main() -> int:
             listener,
             control,
             counters=counters,
-            seat=0,
-            seats=1,
+            slot=0,
+            slots=1,
             hold_ms=1000,
             session_idle_ms=1000,
             max_sessions=16,

@@ -139,7 +139,7 @@ class Soak:
             if self.tally.counts[kind]:
                 self.failures.append(f"{kind}: {self.tally.counts[kind]}")
         for kind in KINDS:
-            allowed = {"parent": PARENT_SPARE, "nursery": 0, "workers": POOLED_PIPES}[kind]
+            allowed = {"parent": PARENT_SPARE, "fork server": 0, "workers": POOLED_PIPES}[kind]
             left = self.last.values[f"{kind} descriptors"] - rest.values[f"{kind} descriptors"]
             self.tally.counts[f"{kind} descriptors left"] = left
             if left > allowed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.measure import memory_of
 from tests.support.processes import descendants
 
-KINDS = ("parent", "nursery", "workers")
+KINDS = ("parent", "fork server", "workers")
 FIELDS = (*(f"{kind} PSS" for kind in KINDS), *(f"{kind} descriptors" for kind in KINDS))
 SLACK_BYTES = 1_500_000
 DRIFT = 0.10
@@ -31,11 +31,11 @@ def descriptors(pid: int) -> int:
 
 
 def look(parent: int, at: float) -> Sample:
-    """Of the three kinds of process. The nursery is the parent's only child; workers are its own."""
+    """Of the three kinds of process. The fork server is the parent's only child; workers are its own."""
     below = descendants(parent)
     pids = {
         "parent": [parent],
-        "nursery": [process.pid for process in below if process.parent == parent],
+        "fork server": [process.pid for process in below if process.parent == parent],
         "workers": [process.pid for process in below if process.parent != parent],
     }
     values = {f"{kind} PSS": sum(memory_of(pid).pss for pid in pids[kind]) for kind in KINDS}

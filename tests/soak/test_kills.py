@@ -69,7 +69,7 @@ def test_worker_killed_under_load(stage: Stage) -> None:
     for _ in range(3):
         (worker,) = wait_until(lambda: workers_of(parent), "one worker")
         kill_under_load(worker.pid, host)
-    ambassador.wait_for_log("worker ended, replacing it.*killed by SIGKILL")
+    ambassador.wait_for_log("worker exited, restarting.*killed by SIGKILL")
     assert len(workers_of(parent)) == 1
     assert [process for process in descendants(parent) if process.state == "Z"] == []
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, Self
 
-PATIENCE_S = 20.0
+TIMEOUT_S = 20.0
 PORT = 7000
 """Of servers in containers."""
 
@@ -236,7 +236,7 @@ class Peers:
         self._open.close()
 
     def keep(self, sock: socket.socket) -> socket.socket:
-        sock.settimeout(PATIENCE_S)
+        sock.settimeout(TIMEOUT_S)
         return self._open.enter_context(sock)
 
     def bound(self, address: str = "127.0.0.1") -> socket.socket:
@@ -486,7 +486,7 @@ def client_of(peers: Peers, address: str, to: Address) -> socket.socket:
 class Conversation:
     """A TCP connection; a context manager that closes it."""
 
-    def __init__(self, host: str, port: int = PORT, timeout: float = PATIENCE_S) -> None:
+    def __init__(self, host: str, port: int = PORT, timeout: float = TIMEOUT_S) -> None:
         self.socket = socket.create_connection((host, port), timeout)
 
     def __enter__(self) -> Self:
@@ -514,7 +514,7 @@ class Conversation:
         self.send(data)
         return self.read(len(data))
 
-    def ending(self, timeout: float = PATIENCE_S) -> str:
+    def ending(self, timeout: float = TIMEOUT_S) -> str:
         """`reset` or `end`, after whatever comes before it. TimeoutError where it goes on."""
         deadline = time.monotonic() + timeout
         while True:
@@ -535,7 +535,7 @@ class Conversation:
         except ConnectionResetError:
             return False
         finally:
-            self.socket.settimeout(PATIENCE_S)
+            self.socket.settimeout(TIMEOUT_S)
         return False
 
 

@@ -34,7 +34,7 @@ from docker.models.containers import Container
 from tests.support import endpoints
 from tests.support.endpoints import PORT, accepts
 from tests.support.program import REPO, Program
-from tests.support.wait import PATIENCE_S, wait_until
+from tests.support.wait import TIMEOUT_S, wait_until
 
 AMBASSADOR = "grand-ambassador"
 """The image under test."""
@@ -131,7 +131,7 @@ class Box:
         return self.container.logs().decode(errors="replace")
 
     def wait_for_log(
-        self, pattern: str, timeout: float = PATIENCE_S, since: int = 0
+        self, pattern: str, timeout: float = TIMEOUT_S, since: int = 0
     ) -> re.Match[str]:
         """Wait until its output, from an offset on, matches a regular expression."""
         try:
@@ -411,13 +411,13 @@ def run_ambassador(
     try:
         wait_until_accepts(address, port)
     except AssertionError as error:
-        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.logs()}") from None
+        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.system.logs()}") from None
     return ambassador, address
 
 
 def lines_with(ambassador: Box | Program, *words: str) -> list[str]:
     """Its log lines that contain all of the words."""
-    lines = ambassador.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
+    lines = ambassador.system.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
     return [line for line in lines if all(word in line for word in words)]
 
 

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ambassador.discovery import Discovery
-from ambassador.follower import EngineError, NoSuchContainer
-from ambassador.model import Listener, Protocol
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.api import EngineError, NoSuchContainer
+from ambassador.model import Listener
+from ambassador.values import Protocol
 from tests.support.program import REPO
 
 DOCUMENTS = json.loads((REPO / "tests/unit/documents/engine-20.10.json").read_text())
 REDIS = frozenset({Listener(6379, Protocol.TCP)})
-GONE = EngineError("nobody listens on /x.sock", cheap=True)
+GONE = EngineError("nobody listens on /x.sock", retry_is_cheap=True)
 
 
 def container(name: str, address: str = "10.0.0.2", ident: str = "", **state: Any) -> Any:
@@ -138,4 +139,4 @@ def settle(world: World) -> None:
             return
 
 
-Start = Callable[..., Discovery]
+Start = Callable[..., DockerSource]

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.processes import descendants, workers_of
-from tests.support.wait import PATIENCE_S, SANITIZED, wait_until
+from tests.support.wait import TIMEOUT_S, SANITIZED, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 
-NURSERY_TITLE = "grand-ambassador: nursery"
+NURSERY_TITLE = "grand-ambassador: fork server"
 
 
 class Program:
@@ -63,7 +63,7 @@ class Program:
         """How many lines have these words."""
         return sum(words in line for line in self.lines)
 
-    def wait_for_line(self, pattern: str, timeout: float = PATIENCE_S, since: int = 0) -> str:
+    def wait_for_line(self, pattern: str, timeout: float = TIMEOUT_S, since: int = 0) -> str:
         """Wait for a line, from an index on, that matches a regular expression."""
 
         def find() -> str | None:
@@ -90,13 +90,13 @@ class Program:
             raise AssertionError(f"{error}: {count} workers of {listener}: {self.text}") from None
 
     @property
-    def nursery(self) -> int:
+    def fork_server(self) -> int:
         (pid,) = [p.pid for p in descendants(self.pid) if p.title.startswith(NURSERY_TITLE)]
         return pid
 
     # Its end.
 
-    def stop(self, timeout: float = PATIENCE_S) -> int:
+    def stop(self, timeout: float = TIMEOUT_S) -> int:
         """SIGTERM; the exit code."""
         if self.process.poll() is None:
             self.process.terminate()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE_S = 20.0
+TIMEOUT_S = 20.0
 """No single step takes longer than this, however busy the machine is."""
 
 SANITIZED = bool(os.environ.get("SANITIZED"))
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def wait_until(
     condition: Callable[[], T | None],
     what: str = "it is not so",
-    timeout_s: float = PATIENCE_S,
+    timeout_s: float = TIMEOUT_S,
     poll_s: float = LAST_POLL_S,
 ) -> T:
     """Poll until the condition gives something true; return that. Fails with `what` in the end.

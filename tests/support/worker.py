@@ -1,4 +1,4 @@
-"""All that tests know of how a worker, a record, a nursery and a supervisor are made.
+"""All that tests know of how a worker, a record, a fork server and a supervisor are made.
 
 Where the product's own interfaces change, this file changes with them, and the tests do not.
 
@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from ambassador import sockets
+from ambassador.supervise import sockets
 from ambassador._worker import (
     BACKENDS_WORD,
     COUNTERS_BYTES,
@@ -35,12 +35,13 @@ from ambassador._worker import (
     GENERATION_WORD,
 )
 from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
-from ambassador.model import Backend, DesiredState, Listener, Route, Sandbox
-from ambassador.model import Protocol as Kind
-from ambassador.nursery import Exited, Forked, Nursery
-from ambassador.supervisor import Limits, Supervisor
-from ambassador.titles import title_of
-from ambassador.worker import COUNTERS, LOSSES, Handle
+from ambassador.model import Backend, DesiredState, Listener, Route
+from ambassador.options import Sandbox
+from ambassador.values import Protocol as Kind
+from ambassador.supervise.forkserver import Exited, Forked, ForkServer
+from ambassador.supervise.supervisor import Limits, Supervisor
+from ambassador.system.titles import title_of
+from ambassador.supervise.worker import COUNTERS, LOSSES, WorkerProcess
 from tests.support.net import free_port
 from tests.support.processes import (
     children,
@@ -51,7 +52,7 @@ from tests.support.processes import (
     stopped,
     title,
 )
-from tests.support.wait import PATIENCE_S, SANITIZED, wait_until
+from tests.support.wait import TIMEOUT_S, SANITIZED, wait_until
 
 __all__ = [
     "EXIT_BAD_CONTROL",
@@ -104,25 +105,25 @@ def drain_record(deadline_ms: int) -> bytes:
 
 
 class Yard:
-    """The nursery and the exits it told of."""
+    """The fork server and the exits it told of."""
 
     def __init__(self) -> None:
-        self.nursery = Nursery.launch()
+        self.fork_server = ForkServer.launch()
         self._forked: list[Forked] = []
         self._exits: dict[int, int] = {}
 
     @property
     def pid(self) -> int:
-        return self.nursery.pid
+        return self.fork_server.pid
 
     def fork(self, descriptors: tuple[int, int, int]) -> Forked:
-        self.nursery.request(descriptors)
-        self._listen(lambda: self._forked, "the nursery forks no worker")
+        self.fork_server.request(descriptors)
+        self._listen(lambda: self._forked, "the fork server forks no worker")
         forked = self._forked.pop()
         assert forked.pid > 0, f"the nursery could not fork: {os.strerror(-forked.pid)}"
         return forked
 
-    def exit_code(self, pid: int, timeout_s: float = PATIENCE_S) -> int:
+    def exit_code(self, pid: int, timeout_s: float = TIMEOUT_S) -> int:
         """Wait for the worker's end: its exit code, or the negative number of a signal."""
         self._listen(lambda: pid in self._exits, f"worker {pid} does not end", timeout_s)
         return os.waitstatus_to_exitcode(self._exits[pid])
@@ -132,13 +133,13 @@ class Yard:
         return pid in self._exits
 
     def close(self) -> None:
-        self.nursery.close()
-        wait_until(lambda: is_gone(self.pid), "the nursery does not end")
+        self.fork_server.close()
+        wait_until(lambda: is_gone(self.pid), "the fork server does not end")
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
     def _take(self) -> None:
-        while (message := self.nursery.receive()) is not None:
+        while (message := self.fork_server.receive()) is not None:
             match message:
                 case Forked():
                     self._forked.append(message)
@@ -146,10 +147,10 @@ class Yard:
                     self._exits[message.pid] = message.status
 
     def _listen(
-        self, condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S
+        self, condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S
     ) -> None:
         def told() -> object:
-            select.select([self.nursery], [], [], 0.05)
+            select.select([self.fork_server], [], [], 0.05)
             self._take()
             return condition()
 
@@ -174,7 +175,7 @@ class Worker:
         if SANITIZED:
             limits.setdefault("sandbox", Sandbox.OFF)
         self.yard = yard
-        self.handle: Handle
+        self.handle: WorkerProcess
         self.protocol = protocol
         self.generation = 1
         if takes_over is None:
@@ -182,9 +183,9 @@ class Worker:
         else:
             listener, self.listener = takes_over.handle.listener, takes_over.listener.dup()
         self.port = listener.port
-        self.handle = Handle(Start(listener, **limits), Repoint(1, destinations, "test"))
-        forked = yard.fork(self.handle.lend(self.listener.fileno()))
-        self.handle.born(forked.pid, forked.pidfd)
+        self.handle = WorkerProcess(Start(listener, **limits), Repoint(1, destinations, "test"))
+        forked = yard.fork(self.handle.passed_fds(self.listener.fileno()))
+        self.handle.started(forked.pid, forked.pidfd)
         self.pid = forked.pid
         self.wait_for(generation=1)
 
@@ -229,7 +230,7 @@ class Worker:
         """The word in which it says what it has given up."""
         return self.handle.sandbox
 
-    def wait_for(self, timeout_s: float = PATIENCE_S, **wanted: int) -> None:
+    def wait_for(self, timeout_s: float = TIMEOUT_S, **wanted: int) -> None:
         """Until the counters have these values."""
 
         def reached() -> bool:
@@ -255,7 +256,7 @@ class Worker:
         self.handle.kill()
         self.yard.exit_code(self.pid)
 
-    def exit_code(self, timeout_s: float = PATIENCE_S) -> int:
+    def exit_code(self, timeout_s: float = TIMEOUT_S) -> int:
         return self.yard.exit_code(self.pid, timeout_s)
 
     def let_go(self) -> None:
@@ -396,7 +397,7 @@ def _parent(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
 class Parent:
     """A supervisor that is told its routes by the test. It ends when it is closed, or with the test.
 
-    The real parent learns routes from Docker. Nursery, supervisor and workers are the real ones.
+    The real parent learns routes from Docker. Fork server, supervisor and workers are the real ones.
     """
 
     def __init__(self, log: Path, hold_ms: int) -> None:
@@ -404,7 +405,7 @@ class Parent:
         with log.open("wb") as stderr:
             self._process = _parent("supervise", str(hold_ms), stdin=subprocess.PIPE, stderr=stderr)
         self.pid = self._process.pid
-        wait_until(lambda: children(self.pid), "the parent has a nursery")
+        wait_until(lambda: children(self.pid), "the parent has a fork server")
         self.tell({})
 
     def tell(self, routes: Mapping[Listener, Sequence[Target]]) -> None:
@@ -417,12 +418,12 @@ class Parent:
         print(json.dumps(lines), file=self._process.stdin, flush=True)
 
     @property
-    def nursery(self) -> int:
+    def fork_server(self) -> int:
         (pid,) = children(self.pid)
         return pid
 
     def workers(self) -> list[int]:
-        return children(self.nursery)
+        return children(self.fork_server)
 
     def worker(self, listener: Listener, generation: int) -> Watched:
         """The one live worker of the listener, once it has this generation of backends in force."""
@@ -448,20 +449,20 @@ class Parent:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(PATIENCE_S) == 0, self.log.read_text()
+        assert self._process.wait(TIMEOUT_S) == 0, self.log.read_text()
 
 
 def parent_of_workers(how: str, ports: Sequence[tuple[Kind, int]]) -> subprocess.Popen[str]:
-    """A parent that is made only to be killed. It prints the number of its nursery and of its workers."""
+    """A parent that is made only to be killed. It prints the number of its fork server and of its workers."""
     names = [f"{protocol}:{port}" for protocol, port in ports]
     return _parent(how, *names, stdout=subprocess.PIPE)
 
 
 def _supervise(hold_ms: int, lines: IO[str]) -> int:
     wanted = DesiredState()
-    # The nursery first: it is forked, which is safe only while there is no thread.
+    # The fork server first: it is forked, which is safe only while there is no thread.
     limits = Limits(hold_ms=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
-    supervisor = Supervisor(Nursery.fork(), lambda: wanted, limits)
+    supervisor = Supervisor(ForkServer.fork(), lambda: wanted, limits)
 
     def listen() -> None:
         nonlocal wanted
@@ -486,18 +487,18 @@ def _routes(lines: Sequence[tuple[int, str, Sequence[Target]]]) -> dict[Listener
 
 
 def _raise_workers(how: str, names: Sequence[str]) -> None:
-    nursery = Nursery.fork() if how == "fork" else Nursery.launch()
-    print(nursery.pid)
+    fork_server = ForkServer.fork() if how == "fork" else ForkServer.launch()
+    print(fork_server.pid)
     for name in names:
         protocol, _, port = name.partition(":")
         listener = Listener(int(port), Kind(protocol))
         sock = sockets.bind(listener)
-        handle = Handle(Start(listener), Repoint(1))
-        nursery.request(handle.lend(sock.fileno()))
-        select.select([nursery], [], [])
-        forked = nursery.receive()
+        handle = WorkerProcess(Start(listener), Repoint(1))
+        fork_server.request(handle.passed_fds(sock.fileno()))
+        select.select([fork_server], [], [])
+        forked = fork_server.receive()
         assert isinstance(forked, Forked)
-        handle.born(forked.pid, forked.pidfd)
+        handle.started(forked.pid, forked.pidfd)
         print(forked.pid)
     sys.stdout.flush()
     signal.pause()

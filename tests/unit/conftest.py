@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ambassador.discovery import Discovery
+from ambassador.discovery.docker_source import DockerSource
 from tests.support.fake_engine import Log, Start, World, settle
 from tests.support.wait import wait_until
 
@@ -24,9 +24,9 @@ def log() -> Log:
 
 @pytest.fixture
 def start(world: World, log: Log) -> Iterator[Start]:
-    started: list[Discovery] = []
+    started: list[DockerSource] = []
 
-    def make(*targets: str, wait: bool = True, **changes: Any) -> Discovery:
+    def make(*targets: str, wait: bool = True, **changes: Any) -> DockerSource:
         settings: dict[str, Any] = {
             "network": None,
             "on_change": lambda: None,
@@ -34,7 +34,7 @@ def start(world: World, log: Log) -> Iterator[Start]:
             "debounce": 0.005,
             "own_id": lambda: None,
         }
-        made = Discovery(world.connect, targets, **(settings | changes))
+        made = DockerSource(world.connect, targets, **(settings | changes))
         started.append(made)
         made.start()
         if wait:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ambassador import __version__
-from ambassador.options import follow_usage, relay_usage
+from ambassador.cli.arguments import follow_usage, relay_usage
 from tests.unit.test_options import BAD_COMMAND_LINES, BAD_ENGINES, BAD_ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]

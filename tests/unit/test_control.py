@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ambassador.control import (
     MAX_BACKENDS,
     MAX_PAYLOAD,
-    MAX_SEATS,
+    MAX_SLOTS,
     VERSION,
     BadRecord,
     Destination,
@@ -25,7 +25,8 @@ from ambassador.control import (
     Unpacker,
     pack,
 )
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 HEADER_BYTES = 16
 BACKEND_BYTES = 32
@@ -53,10 +54,10 @@ def addresses(draw: st.DrawFn) -> str:
 
 
 listeners = st.builds(Listener, ports, st.sampled_from(Protocol))
-places = st.integers(1, MAX_SEATS).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
+places = st.integers(1, MAX_SLOTS).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
 starts = st.builds(
     lambda listener, limits, gso, place: Start(
-        listener, gso=gso, seat=place[0], seats=place[1], **limits
+        listener, gso=gso, slot=place[0], slots=place[1], **limits
     ),
     listeners,
     st.fixed_dictionaries(dict.fromkeys(LIMITS, u32)),
@@ -168,8 +169,8 @@ def _backend(version: int, address: bytes, port: int = 1, zone: int = 0, flags: 
     return struct.pack("<BBHIQ16s", version, flags, port, zone, 0, address)
 
 
-def start_of(port: int, protocol: int, flags: int, seat: int = 0, seats: int = 1) -> bytes:
-    return struct.pack("<HBB9IHH", port, protocol, flags, *[0] * 9, seat, seats)
+def start_of(port: int, protocol: int, flags: int, slot: int = 0, slots: int = 1) -> bytes:
+    return struct.pack("<HBB9IHH", port, protocol, flags, *[0] * 9, slot, slots)
 
 
 def _repoint(backend: bytes, count: int = 1) -> bytes:
@@ -191,8 +192,8 @@ def _repoint(backend: bytes, count: int = 1) -> bytes:
         (framed(RecordType.START, pack(START)[HEADER_BYTES:], generation=1), "generation 1"),
         (framed(RecordType.START, b""), "type 1"),
         (framed(RecordType.START, start_of(0, 6, 0)), "port 0"),
-        (framed(RecordType.START, start_of(1, 6, 0, 2, 2)), "seat 2 of 2"),
-        (framed(RecordType.START, start_of(1, 6, 0, 0, MAX_SEATS + 1)), "seat 0 of 65"),
+        (framed(RecordType.START, start_of(1, 6, 0, 2, 2)), "slot 2 of 2"),
+        (framed(RecordType.START, start_of(1, 6, 0, 0, MAX_SLOTS + 1)), "slot 0 of 65"),
         (framed(RecordType.START, start_of(1, 132, 0)), "number 132"),
         (framed(RecordType.START, start_of(1, 6, 8)), "unknown flags 0x8"),
         (framed(RecordType.START, start_of(1, 6, 4)), "unknown flags 0x4"),
@@ -234,8 +235,8 @@ def test_good_records_before_a_bad_one_are_still_read() -> None:
     [
         START._replace(hold_ms=-1),
         START._replace(max_sessions=1 << 32),
-        START._replace(seat=1),
-        START._replace(seats=MAX_SEATS + 1),
+        START._replace(slot=1),
+        START._replace(slots=MAX_SLOTS + 1),
         Drain(-1),
         Drain(1 << 32),
         REPOINT._replace(generation=-1),
@@ -315,7 +316,7 @@ def test_the_bytes_of_a_record_are_fixed() -> None:
         " 0a 00 00 05 00 00 00 00 00 00 00 00 00 00 00 00"
     )
     start = START._replace(pipe_bytes=1, max_connections=2, idle_ms=3, half_close_ms=4)
-    assert pack(start._replace(seat=5, seats=7)).hex(" ") == (
+    assert pack(start._replace(slot=5, slots=7)).hex(" ") == (
         "02 01 00 00 2c 00 00 00 00 00 00 00 00 00 00 00"
         " eb 18 06 03 10 27 00 00 88 13 00 00 90 5f 01 00"
         " 00 40 00 00 00 10 00 00 01 00 00 00 02 00 00 00"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ambassador.follower import EngineError
+from ambassador.engine.api import EngineError
 from ambassador.model import TargetState
 from tests.support.fake_engine import (
     DOCUMENTS,
@@ -151,7 +151,7 @@ def test_its_own_place_stands_while_it_cannot_be_asked(world: World, start: Star
 
 
 def test_absent_at_start_is_waited_for(world: World, start: Start, log: Log) -> None:
-    world.failure = EngineError("there is no socket /x.sock: mount it", cheap=True)
+    world.failure = EngineError("there is no socket /x.sock: mount it", retry_is_cheap=True)
     world.containers["web"] = container("web")
     discovery = start("web", wait=False)
     wait_until(lambda: len(world.connects) >= 3)
@@ -184,7 +184,7 @@ def test_states_stand_while_it_is_away_and_are_refreshed_after(
 def test_a_cut_stream_is_opened_again_silently(
     world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ambassador.discovery.STREAM_LIVED_S", 0.0)
+    monkeypatch.setattr("ambassador.discovery.docker_source.STREAM_LIVED_S", 0.0)
     world.containers["web"] = container("web")
     discovery = start("web")
     lines = list(log.lines)
@@ -224,7 +224,7 @@ def test_reconnecting_backs_off(world: World, start: Start) -> None:
 def test_a_local_socket_is_tried_every_second_at_most_after(
     world: World, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ambassador.discovery.LOCAL_CAP_S", 0.02)
+    monkeypatch.setattr("ambassador.discovery.docker_source.LOCAL_CAP_S", 0.02)
     world.failure = GONE
     start("web", wait=False)
     wait_until(lambda: len(world.connects) >= 20, timeout_s=2.0)

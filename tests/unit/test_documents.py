@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.documents import (
+from ambassador.discovery.documents import (
     attachments,
     container_id,
     drivers_of,
@@ -21,10 +21,11 @@ from ambassador.documents import (
     needs_drivers,
     own_container_id,
     started_after,
-    vantage_of,
+    own_networks_of,
 )
-from ambassador.inspect import target_state
-from ambassador.model import Listener, Protocol
+from ambassador.discovery.target_address import target_state
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 DOCUMENTS = Path(__file__).parent / "documents"
 ENGINES = ("engine-20.10", "engine-26", "engine-29", "podman-5")
@@ -247,22 +248,22 @@ def test_own_container_id(mountinfo: str, cgroup: str, expected: str | None) -> 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_vantage(engine: str) -> None:
+def test_own_networks(engine: str) -> None:
     documents = load(engine)
-    default = vantage_of(documents["ambassador-default"])
+    default = own_networks_of(documents["ambassador-default"])
     assert not default.host and len(default.attachments) == 1
     assert (
         default.network_owner
         == default.container_id
         == container_id(documents["ambassador-default"])
     )
-    host = vantage_of(documents["ambassador-host"])
+    host = own_networks_of(documents["ambassador-host"])
     assert host.host and host.container_id == container_id(documents["ambassador-host"])
-    joined = vantage_of(documents["joined"], documents["user-network"])
+    joined = own_networks_of(documents["joined"], documents["user-network"])
     assert joined.container_id == container_id(documents["joined"])
     assert joined.network_owner == container_id(documents["user-network"])
     assert [a.network for a in joined.attachments] == ["back"]
-    nowhere = vantage_of(None)
+    nowhere = own_networks_of(None)
     assert nowhere.host and nowhere.container_id is None
 
 
@@ -277,7 +278,7 @@ def test_drivers() -> None:
 
 def test_drivers_are_asked_for_only_where_they_decide() -> None:
     documents = load("engine-20.10")
-    on_host, inside = vantage_of(None), vantage_of(documents["ambassador-user"])
+    on_host, inside = own_networks_of(None), own_networks_of(documents["ambassador-user"])
     assert needs_drivers(documents["two-networks"], on_host, None)
     assert not needs_drivers(documents["two-networks"], on_host, "back")
     assert not needs_drivers(documents["default-bridge"], on_host, None)
@@ -300,8 +301,8 @@ JSON = st.recursive(
 
 @given(document=st.dictionaries(KEYS, JSON), own=st.none() | st.dictionaries(KEYS, JSON))
 def test_no_document_makes_it_raise(document: dict[str, Any], own: dict[str, Any] | None) -> None:
-    vantage = vantage_of(own)
-    state = target_state("web", document, vantage, joined=own)
+    own_networks = own_networks_of(own)
+    state = target_state("web", document, own_networks, joined=own)
     assert state.target == "web"
     assert "\n" not in state.problem
     is_target(document, "web")

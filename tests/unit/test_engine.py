@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ambassador.engine import DockerEngine, connect_engine
-from ambassador.follower import EngineError, NoSuchContainer
+from ambassador.engine.client import DockerEngine, connect_engine
+from ambassador.engine.api import EngineError, NoSuchContainer
 
 Answer = Callable[["Handler"], None]
 
@@ -120,14 +120,14 @@ def test_no_socket_says_how_to_mount_it(tmp_path: Path) -> None:
         EngineError, match=r"no socket .*docker run -v /var/run/docker.sock:"
     ) as info:
         connect_engine(str(tmp_path / "none"))
-    assert info.value.cheap
+    assert info.value.retry_is_cheap
 
 
 def test_a_dead_socket_says_that_nobody_listens(tmp_path: Path) -> None:
     Server(str(tmp_path / "s")).server_close()
     with pytest.raises(EngineError, match="nobody listens") as info:
         connect_engine(str(tmp_path / "s"))
-    assert info.value.cheap
+    assert info.value.retry_is_cheap
 
 
 def test_permission_denied_names_the_group(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -143,7 +143,7 @@ def test_a_refused_tcp_port_is_one_line() -> None:
     with pytest.raises(EngineError, match="Connection refused") as info:
         connect_engine("tcp://127.0.0.1:1")
     assert "\n" not in str(info.value) and "127.0.0.1:1" in str(info.value)
-    assert not info.value.cheap
+    assert not info.value.retry_is_cheap
 
 
 @pytest.mark.parametrize("host", ["tcp://", "fd://", "tcp://127.0.0.1", "gopher://x:1"])

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from ambassador.discovery import Discovery
-from ambassador.engine import connect_engine
-from ambassador.events import MAX_RECORD
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.client import connect_engine
+from ambassador.discovery.events import MAX_RECORD
 from tests.support.fake_engine import Log, Start, World, container, event, settle
 from tests.support.wait import wait_until
 from tests.unit.test_engine import Handler, Server, says, server, usual_answers
@@ -114,8 +114,8 @@ def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -
 # --- garbled streams over a real socket ----------------------------------------------------------
 
 
-def follow(server: Server, log: Log) -> Discovery:
-    return Discovery(
+def follow(server: Server, log: Log) -> DockerSource:
+    return DockerSource(
         lambda: connect_engine(f"unix://{server.server_address!s}"),
         ["web"],
         network=None,

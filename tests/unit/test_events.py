@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.events import FILTERS, Backoff, EventParser, Subject, death, subject
+from ambassador.discovery.events import FILTERS, EventParser, Subject, death, subject
+from ambassador.backoff import Backoff
 
 RECORDED = (Path(__file__).parent / "documents" / "events-20.10.jsonl").read_bytes()
 EVENTS = [json.loads(line) for line in RECORDED.splitlines()]

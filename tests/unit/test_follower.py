@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ambassador.discovery import Discovery
-from ambassador.follower import LOUD_CHANGES, RETRIES, EngineError
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.discovery.watcher import LOUD_CHANGES, RETRIES
+from ambassador.engine.api import EngineError
 from ambassador.model import TargetState
 from tests.support.fake_engine import (
     DOCUMENTS,
@@ -55,7 +56,7 @@ def test_one_request_for_a_look(world: World, start: Start) -> None:
 
 def test_on_change_comes_after_the_state_and_only_then(world: World, start: Start) -> None:
     seen: list[tuple[TargetState, ...]] = []
-    made: list[Discovery] = []
+    made: list[DockerSource] = []
     world.containers["web"] = container("web")
     world.failure = GONE
     made.append(start("web", wait=False, on_change=lambda: seen.append(made[0].states())))
@@ -155,8 +156,8 @@ def test_an_empty_address_is_asked_for_again_without_an_event(world: World, star
 def test_the_retries_end_and_say_so(
     world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ambassador.follower.RETRY_CAP_S", 0.01)
-    monkeypatch.setattr("ambassador.follower.RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr("ambassador.discovery.watcher.RETRY_CAP_S", 0.01)
+    monkeypatch.setattr("ambassador.discovery.watcher.RETRY_FIRST_S", 0.01)
     world.containers["web"] = container("web", "")
     discovery = start("web", wait=False)
     wait_until(lambda: discovery.states()[0].problem)
@@ -185,7 +186,7 @@ def test_an_error_keeps_the_address_and_is_said_once(world: World, start: Start,
     assert len(log.having("500: broken")) == 1
     world.containers["web"] = container("web")
     wait_until(lambda: discovery.states()[0].problem == "")
-    assert len(log.having("can look at the target again")) == 1
+    assert len(log.having("inspect works again")) == 1
 
 
 def test_one_broken_connection_is_not_worth_a_line(world: World, start: Start, log: Log) -> None:

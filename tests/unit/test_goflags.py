@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.goflags import (
+from ambassador.cli.goflags import (
     MAX_NANOSECONDS,
     Flag,
     FlagError,

@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 
-from ambassador.documents import Attachment, Vantage, vantage_of
-from ambassador.inspect import (
+from ambassador.discovery.documents import Attachment, OwnNetworks, own_networks_of
+from ambassador.discovery.target_address import (
     absent_state,
     awaits_address,
     keep_exposed,
     no_address_problem,
     target_state,
 )
-from ambassador.model import Listener, Protocol, TargetState
+from ambassador.model import Listener, TargetState
+from ambassador.values import Protocol
 
 DOCUMENTS = Path(__file__).parent / "documents"
 DOCKERS = ("engine-20.10", "engine-26", "engine-29")
 ENGINES = (*DOCKERS, "podman-5")
 REDIS = frozenset({Listener(6379, Protocol.TCP)})
-HOST = Vantage()
+HOST = OwnNetworks()
 
 Documents = dict[str, Any]
 
@@ -99,16 +100,16 @@ def test_an_empty_address_is_awaited(documents: Documents) -> None:
 
 
 def test_host_mode_from_the_host(documents: Documents) -> None:
-    for vantage in (HOST, vantage_of(documents["ambassador-host"])):
-        state = target_state("it", documents["host"], vantage)
+    for own_networks in (HOST, own_networks_of(documents["ambassador-host"])):
+        state = target_state("it", documents["host"], own_networks)
         assert state.address is None
         assert "listens there itself" in state.problem
 
 
 @pytest.mark.parametrize("situation", ["none", "unplugged"])
 def test_on_no_network(documents: Documents, situation: str) -> None:
-    for vantage in (HOST, vantage_of(documents["ambassador-user"])):
-        state = target_state("it", documents[situation], vantage)
+    for own_networks in (HOST, own_networks_of(documents["ambassador-user"])):
+        state = target_state("it", documents[situation], own_networks)
         assert state.address is None
         assert "on no network" in state.problem
         assert "docker network connect NETWORK it" in state.problem
@@ -153,13 +154,13 @@ def on_networks(networks: dict[str, Any]) -> Documents:
     ],
 )
 def test_from_the_host_a_bridge_is_chosen(drivers: dict[str, str], address: str) -> None:
-    vantage = Vantage(drivers=drivers)
-    assert target_state("it", on_networks(NETWORKS), vantage).address == address
+    own_networks = OwnNetworks(drivers=drivers)
+    assert target_state("it", on_networks(NETWORKS), own_networks).address == address
 
 
 def test_from_the_host_no_bridge_is_a_problem() -> None:
-    vantage = Vantage(drivers=dict.fromkeys(NETWORKS, "overlay"))
-    state = target_state("it", on_networks(NETWORKS), vantage)
+    own_networks = OwnNetworks(drivers=dict.fromkeys(NETWORKS, "overlay"))
+    state = target_state("it", on_networks(NETWORKS), own_networks)
     assert state.address is None
     assert "alpha, zoo, bridge" in state.problem
 
@@ -181,13 +182,13 @@ def test_from_the_host_no_bridge_is_a_problem() -> None:
 def test_relayable_from_a_container(
     engine: str, documents: Documents, ambassador: str, situation: str, address: str
 ) -> None:
-    state = target_state("it", documents[situation], vantage_of(documents[ambassador]))
+    state = target_state("it", documents[situation], own_networks_of(documents[ambassador]))
     assert (state.address, state.problem) == (here(engine, address), "")
 
 
 def test_no_shared_network_names_both_sides(engine: str, documents: Documents) -> None:
     state = target_state(
-        "it", documents["two-networks"], vantage_of(documents["ambassador-default"])
+        "it", documents["two-networks"], own_networks_of(documents["ambassador-default"])
     )
     default = "podman" if engine.startswith("podman") else "bridge"
     assert state.address is None
@@ -197,28 +198,28 @@ def test_no_shared_network_names_both_sides(engine: str, documents: Documents) -
 
 
 def test_a_network_of_the_same_name_and_another_id_is_not_shared() -> None:
-    vantage = Vantage("b" * 64, "b" * 64, False, (Attachment("alpha", "9" * 64),))
-    assert target_state("it", on_networks(NETWORKS), vantage).address is None
+    own_networks = OwnNetworks("b" * 64, "b" * 64, False, (Attachment("alpha", "9" * 64),))
+    assert target_state("it", on_networks(NETWORKS), own_networks).address is None
 
 
 def test_a_network_without_an_id_is_shared_by_name() -> None:
-    vantage = Vantage("b" * 64, "b" * 64, False, (Attachment("alpha"),))
-    assert target_state("it", on_networks(NETWORKS), vantage).address == "10.3.0.1"
+    own_networks = OwnNetworks("b" * 64, "b" * 64, False, (Attachment("alpha"),))
+    assert target_state("it", on_networks(NETWORKS), own_networks).address == "10.3.0.1"
 
 
 def test_of_several_shared_networks_the_users_own_come_first_by_name() -> None:
     own = tuple(Attachment(name, entry["NetworkID"]) for name, entry in NETWORKS.items())
-    vantage = Vantage("b" * 64, "b" * 64, False, own)
-    assert target_state("it", on_networks(NETWORKS), vantage).address == "10.3.0.1"
+    own_networks = OwnNetworks("b" * 64, "b" * 64, False, own)
+    assert target_state("it", on_networks(NETWORKS), own_networks).address == "10.3.0.1"
     reverse = dict(reversed(NETWORKS.items()))
-    assert target_state("it", on_networks(reverse), vantage).address == "10.3.0.1"
+    assert target_state("it", on_networks(reverse), own_networks).address == "10.3.0.1"
     without = {name: entry for name, entry in NETWORKS.items() if name != "alpha"}
-    assert target_state("it", on_networks(without), vantage).address == "10.1.0.1"
+    assert target_state("it", on_networks(without), own_networks).address == "10.1.0.1"
 
 
 def test_host_mode_where_no_network_has_a_gateway(documents: Documents) -> None:
-    vantage = Vantage("b" * 64, "b" * 64, False, (Attachment("internal", "1"),))
-    state = target_state("it", documents["host"], vantage)
+    own_networks = OwnNetworks("b" * 64, "b" * 64, False, (Attachment("internal", "1"),))
+    state = target_state("it", documents["host"], own_networks)
     assert state.address is None
     assert "internal" in state.problem
 
@@ -226,7 +227,7 @@ def test_host_mode_where_no_network_has_a_gateway(documents: Documents) -> None:
 def test_the_ambassador_itself_is_no_target(documents: Documents) -> None:
     for ambassador in ("ambassador-default", "ambassador-user", "ambassador-host"):
         own = documents[ambassador]
-        state = target_state("me", own, vantage_of(own))
+        state = target_state("me", own, own_networks_of(own))
         assert state.address is None
         assert "the ambassador itself" in state.problem
 
@@ -255,8 +256,8 @@ def test_network_that_the_target_is_not_on(documents: Documents) -> None:
 
 
 def test_network_that_the_ambassador_is_not_on_is_used_and_told(documents: Documents) -> None:
-    vantage = vantage_of(documents["ambassador-user"])
-    state = target_state("it", documents["two-networks"], vantage, network="front")
+    own_networks = own_networks_of(documents["ambassador-user"])
+    state = target_state("it", documents["two-networks"], own_networks, network="front")
     assert state.address
     assert "docker network connect front AMBASSADOR" in state.problem
 
@@ -266,8 +267,8 @@ def test_network_that_the_ambassador_is_not_on_is_used_and_told(documents: Docum
 
 def test_joined(engine: str, documents: Documents) -> None:
     joined, owner = documents["joined"], documents["user-network"]
-    for vantage in (HOST, vantage_of(documents["ambassador-user"])):
-        state = target_state("sidecar", joined, vantage, joined=owner)
+    for own_networks in (HOST, own_networks_of(documents["ambassador-user"])):
+        state = target_state("sidecar", joined, own_networks, joined=owner)
         assert (state.address, state.problem) == (here(engine, "172.30.0.2"), "")
         assert state.exposed == REDIS  # its own, not the owner's
         assert state.container_id == joined["Id"]
@@ -308,8 +309,8 @@ def test_joined_to_a_special_network(documents: Documents, mode: str, words: str
 
 
 def test_a_target_on_the_ambassadors_own_network_is_never_dialled(documents: Documents) -> None:
-    vantage = vantage_of(documents["user-network"])
-    state = target_state("sidecar", documents["joined"], vantage, joined=documents["user-network"])
+    own_networks = own_networks_of(documents["user-network"])
+    state = target_state("sidecar", documents["joined"], own_networks, joined=documents["user-network"])
     assert state.address is None
     assert "shares the ambassador's own network" in state.problem
 
@@ -319,9 +320,9 @@ def test_a_target_on_the_ambassadors_own_network_is_never_dialled(documents: Doc
 
 def test_a_problem_is_one_printable_line() -> None:
     networks = {"evil\n\x1b[31m\u202e": {"IPAddress": "10.0.0.1"}}
-    vantage = Vantage("b" * 64, "b" * 64, False, (Attachment("own\r\n"),))
+    own_networks = OwnNetworks("b" * 64, "b" * 64, False, (Attachment("own\r\n"),))
     for network in (None, "which\x00\n"):
-        state = target_state("it\n", on_networks(networks), vantage, network=network)
+        state = target_state("it\n", on_networks(networks), own_networks, network=network)
         assert state.problem and state.problem.isprintable()
 
 

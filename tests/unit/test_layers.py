@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__init__ model titles _splice _datagram _forker _wire _sandbox",
         "_worker control sockets goflags logs sandbox events documents",
         "worker status reconcile inspect watchdog",
-        "nursery post follower",
+        "fork server post watcher",
         "supervisor engine options admin",
         "discovery",
         "cli",
@@ -51,7 +51,7 @@ OWNERS = {
 }
 
 SLIM = ("docker", "psutil", "requests", "logging", "argparse")
-"""What the nursery must never load: every worker would carry it."""
+"""What the fork server must never load: every worker would carry it."""
 
 
 def imports(source: str, package: str = "ambassador") -> set[str]:
@@ -134,8 +134,9 @@ def test_each_dependency_has_one_owner(module: str) -> None:
 
 def test_this_test_sees_every_form_of_import() -> None:
     source = """
-import ambassador.cli
-from ambassador import worker, __version__
+import ambassador.cli.main
+from ambassador import __version__
+from ambassador.supervise import worker
 from ambassador.control import pack
 from . import model
 from .sockets import bind
@@ -146,12 +147,12 @@ if True:
     assert siblings(source) >= {"control", "model"}
     assert {name.partition(".")[0] for name in imports(source)} == {"ambassador", "docker"}
     assert imports(source) == {
-        "ambassador.cli",
-        "ambassador.worker",
+        "ambassador.cli.main",
+        "ambassador.supervise.worker",
         "ambassador.__version__",
         "ambassador.control.pack",
         "ambassador.model",
-        "ambassador.sockets.bind",
+        "ambassador.supervise.sockets.bind",
         "docker.errors",
     }
     assert imports("from ..model import Route\nfrom .page import x", "ambassador.admin") == {
@@ -177,12 +178,12 @@ def _loaded_by(module: str, before: str = "") -> set[str]:
     return set(done.stdout.split())
 
 
-# What is in memory when the nursery is forked: the command line has been read by then.
-AT_THE_FORK = ("ambassador.nursery", "ambassador.options", "ambassador.cli")
+# What is in memory when the fork server is forked: the command line has been read by then.
+AT_THE_FORK = ("ambassador.supervise.forkserver", "ambassador.cli.arguments", "ambassador.cli.main")
 
 
 @pytest.mark.parametrize("module", AT_THE_FORK)
-def test_the_nursery_is_forked_slim(module: str) -> None:
+def test_the_fork_server_is_forked_slim(module: str) -> None:
     loaded = _loaded_by(module)
     assert module in loaded
     # setproctitle imports logging for one line of its own (0.3 MB, once, shared): see below.
@@ -190,7 +191,7 @@ def test_the_nursery_is_forked_slim(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", AT_THE_FORK)
-def test_nothing_of_ours_brings_logging_to_the_nursery(module: str) -> None:
+def test_nothing_of_ours_brings_logging_to_the_fork_server(module: str) -> None:
     """As above, with setproctitle, which imports logging itself, replaced by a stand-in."""
     stand_in = (
         "import sys, types\n"

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.logs import MAX_VALUE, Logs, _DescriptorSink, _Handler, format_line, quote, setup
+from ambassador.system.logs import MAX_VALUE, Logs, _DescriptorSink, _Handler, format_line, quote, setup
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -442,7 +442,7 @@ def _python(code: str, before: Callable[[], None] | None = None) -> tuple[int, s
 
 _LOG_AND_PRINT = """
 import logging, sys
-from ambassador.logs import setup
+from ambassador.system.logs import setup
 running = setup("info")
 for count in range(20_000):
     logging.getLogger("ambassador").info("event")
@@ -478,7 +478,7 @@ def test_the_log_never_goes_to_a_socket_that_took_over_descriptor_2() -> None:
     code, output, errors = _python(
         """
 import logging, os, socket
-from ambassador.logs import setup
+from ambassador.system.logs import setup
 running = setup("info")
 os.close(2)
 client, peer = socket.socketpair()

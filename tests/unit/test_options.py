@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.control import MAX_SEATS, Drain, Start, Unpacker, pack
-from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
-from ambassador.options import (
+from ambassador.control import MAX_SLOTS, Drain, Start, Unpacker, pack
+from ambassador.model import Backend, Listener, Route
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
+from ambassador.cli.arguments import (
     MAX_WORKERS,
     Command,
     ConfigError,
@@ -607,4 +609,4 @@ def test_any_command_line_is_options_or_one_line(arguments: list[str]) -> None:
 
 def test_every_worker_finds_a_seat() -> None:
     """The counters of so many workers are mapped, and no more."""
-    assert MAX_WORKERS <= MAX_SEATS
+    assert MAX_WORKERS <= MAX_SLOTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ambassador.cli import MAX_SESSIONS, SPARE_DESCRIPTORS, port_limits
+from ambassador.cli.main import MAX_SESSIONS, SPARE_DESCRIPTORS, port_limits
 
 ROOM = 20_000 - SPARE_DESCRIPTORS
 

@@ -9,22 +9,23 @@ from collections.abc import Iterator
 import pytest
 
 from ambassador.control import Repoint, Start, Unpacker
-from ambassador.model import Listener, Protocol, Route
-from ambassador.post import DEGRADED_AFTER, RESTART_FIRST_S, RESTART_LAST_S, STABLE_S, Post, Seat
-from ambassador.worker import Handle
+from ambassador.model import Listener, Route
+from ambassador.values import Protocol
+from ambassador.supervise.post import DEGRADED_AFTER, RESTART_FIRST_S, RESTART_LAST_S, STABLE_S, Post, WorkerSlot
+from ambassador.supervise.worker import WorkerProcess
 
 
 class Clock:
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, slot: WorkerSlot) -> None:
+        self.slot = slot
         self.now = 1000.0
 
     def live(self, seconds: float) -> float:
         """A worker is born, lives so long and dies: the delay before the next."""
-        self.seat.take(Handle(Start(Listener(1, Protocol.TCP)), Repoint(1)), self.now)
+        self.slot.take(WorkerProcess(Start(Listener(1, Protocol.TCP)), Repoint(1)), self.now)
         self.now += seconds
-        delay = self.seat.lose(self.now)
-        assert self.seat.due == self.now + delay
+        delay = self.slot.worker_exited(self.now)
+        assert self.slot.due == self.now + delay
         self.now += delay
         return delay
 
@@ -38,10 +39,10 @@ def free_port() -> int:
 
 @pytest.fixture
 def clock() -> Iterator[Clock]:
-    clock = Clock(Seat())
+    clock = Clock(WorkerSlot())
     yield clock
-    if clock.seat.worker is not None:
-        clock.seat.worker.close()
+    if clock.slot.worker is not None:
+        clock.slot.worker.close()
 
 
 def test_the_first_death_costs_nothing(clock: Clock) -> None:
@@ -60,32 +61,32 @@ def test_a_stable_life_forgives(clock: Clock) -> None:
     """W3: a worker that has lived for long was no part of a loop, however it ended."""
     for _ in range(DEGRADED_AFTER):
         clock.live(0.001)
-    assert clock.seat.degraded
+    assert clock.slot.degraded
     assert clock.live(STABLE_S) == 0
-    assert not clock.seat.degraded
+    assert not clock.slot.degraded
 
 
 def test_degraded_until_one_is_stable(clock: Clock) -> None:
     """W3: after some deaths in a row, until a worker has lived for long; a young one proves nothing."""
     for number in range(DEGRADED_AFTER):
-        assert clock.seat.degraded == (number >= DEGRADED_AFTER)
+        assert clock.slot.degraded == (number >= DEGRADED_AFTER)
         clock.live(0.001)
-    assert clock.seat.degraded
-    clock.seat.recover(clock.now + 2 * STABLE_S)  # there is no worker to be stable
-    assert clock.seat.degraded
-    clock.seat.take(Handle(Start(Listener(1, Protocol.TCP)), Repoint(1)), clock.now)
-    clock.seat.recover(clock.now + STABLE_S / 2)
-    assert clock.seat.degraded
-    clock.seat.recover(clock.now + STABLE_S)
-    assert not clock.seat.degraded
+    assert clock.slot.degraded
+    clock.slot.recover(clock.now + 2 * STABLE_S)  # there is no worker to be stable
+    assert clock.slot.degraded
+    clock.slot.take(WorkerProcess(Start(Listener(1, Protocol.TCP)), Repoint(1)), clock.now)
+    clock.slot.recover(clock.now + STABLE_S / 2)
+    assert clock.slot.degraded
+    clock.slot.recover(clock.now + STABLE_S)
+    assert not clock.slot.degraded
 
 
 def test_a_worker_that_could_not_be_asked_for_has_not_died(clock: Clock) -> None:
     for _ in range(2 * DEGRADED_AFTER):
-        clock.seat.take(Handle(Start(Listener(1, Protocol.TCP)), Repoint(1)), clock.now)
-        clock.seat.postpone(clock.now + 1)
-        assert clock.seat.due == clock.now + 1
-    assert not clock.seat.degraded
+        clock.slot.take(WorkerProcess(Start(Listener(1, Protocol.TCP)), Repoint(1)), clock.now)
+        clock.slot.retry_at(clock.now + 1)
+        assert clock.slot.due == clock.now + 1
+    assert not clock.slot.degraded
     assert clock.live(0.001) == 0
 
 
@@ -93,7 +94,7 @@ def test_no_name_gives_a_worker_its_title(free_port: int) -> None:
     """I3, S6: a worker shows what it is told as it is, so what it is told must be one printable line."""
     post = Post(Route(Listener(free_port, Protocol.TCP), "web\x1b[31m\n\u202e\udc80 -> 6.6.6.6:1"))
     post.bind()
-    handle, (_, control, _) = post.prepare(post.seats[0], Start(post.listener))
+    handle, (_, control, _) = post.prepare(post.slots[0], Start(post.listener))
     _, repoint = Unpacker().feed(os.read(control, 65536))
     handle.close()
     post.close()

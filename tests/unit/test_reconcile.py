@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.model import Backend, Listener, Protocol, Route, TargetState
-from ambassador.reconcile import MAX_LISTENERS, Repoint, Start, Stop, desire, plan
+from ambassador.model import Backend, Listener, Route, TargetState
+from ambassador.values import Protocol
+from ambassador.reconcile import MAX_LISTENERS, Repoint, Start, Stop, merge, plan
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 REDIS, DNS, DNS_TCP = Listener(6379, TCP), Listener(53, UDP), Listener(53, TCP)
@@ -20,25 +21,25 @@ def target(
 
 
 def test_one_target_one_port() -> None:
-    desired = desire([target("redis", REDIS)])
+    desired = merge([target("redis", REDIS)])
     backend = Backend("10.0.0.2", 6379, "id-of-redis", "1")
     assert desired.routes == {REDIS: Route(REDIS, "redis", (backend,))}
     assert desired.problems == ()
 
 
 def test_the_same_number_over_tcp_and_udp_is_two_listeners() -> None:
-    assert set(desire([target("dns", DNS, DNS_TCP)]).routes) == {DNS, DNS_TCP}
+    assert set(merge([target("dns", DNS, DNS_TCP)]).routes) == {DNS, DNS_TCP}
 
 
 def test_a_target_that_is_away_keeps_its_listeners_without_a_backend() -> None:
-    assert desire([target("redis", REDIS, address=None)]).routes == {
+    assert merge([target("redis", REDIS, address=None)]).routes == {
         REDIS: Route(REDIS, "redis", ())
     }
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_a_clash_goes_to_the_one_named_first_and_names_both(order: tuple[str, str]) -> None:
-    desired = desire([target(order[0], REDIS), target(order[1], REDIS, DNS)])
+    desired = merge([target(order[0], REDIS), target(order[1], REDIS, DNS)])
     assert desired.routes[REDIS].target == order[0]
     assert desired.routes[DNS].target == order[1], "the rest of the loser runs"
     (problem,) = desired.problems
@@ -47,13 +48,13 @@ def test_a_clash_goes_to_the_one_named_first_and_names_both(order: tuple[str, st
 
 
 def test_a_clash_is_settled_the_same_way_while_the_first_is_away() -> None:
-    desired = desire([target("a", REDIS, address=None), target("b", REDIS)])
+    desired = merge([target("a", REDIS, address=None), target("b", REDIS)])
     assert desired.routes[REDIS] == Route(REDIS, "a", ())
 
 
 def test_a_range_exposed_by_mistake_does_not_take_every_process() -> None:
     first = target("a", *(Listener(port, TCP) for port in range(1, 1001)))
-    desired = desire([first, target("b", *(Listener(port, TCP) for port in range(2000, 65536)))])
+    desired = merge([first, target("b", *(Listener(port, TCP) for port in range(2000, 65536)))])
     assert len(desired.routes) == MAX_LISTENERS
     assert set(first.exposed) <= set(desired.routes), "the target named first has its ports first"
     (problem,) = desired.problems
@@ -62,8 +63,8 @@ def test_a_range_exposed_by_mistake_does_not_take_every_process() -> None:
 
 def test_a_restart_at_the_same_address_is_another_backend() -> None:
     """C1: old connections are reset even where the address did not change."""
-    before = desire([target("redis", REDIS, run="1")]).routes
-    after = desire([target("redis", REDIS, run="2")]).routes
+    before = merge([target("redis", REDIS, run="1")]).routes
+    after = merge([target("redis", REDIS, run="2")]).routes
     assert plan(after, before) == [Repoint(after[REDIS])]
 
 

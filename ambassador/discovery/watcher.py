@@ -20,20 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ambassador.documents import (
-    Document,
-    Vantage,
-    drivers_of,
-    exposed_listeners,
-    is_id_prefix,
-    is_running,
-    is_target,
-    joined_reference,
-    microseconds,
-    needs_drivers,
-)
-from ambassador.events import Backoff, Subject
-from ambassador.inspect import (
+from ambassador.engine.api import Document
+from ambassador.discovery.documents import OwnNetworks, drivers_of, exposed_listeners, is_id_prefix, is_running, is_target, joined_reference, microseconds, needs_drivers
+from ambassador.backoff import Backoff
+from ambassador.discovery.events import Subject
+from ambassador.discovery.target_address import (
     absent_state,
     awaits_address,
     keep_exposed,
@@ -59,13 +50,13 @@ class EngineError(Exception):
     """The Engine did not give what was asked for. The text is one line that says what to do.
 
     `status` is the HTTP status where the Engine, or what stands in front of it, did answer;
-    `cheap` says that asking again costs nothing (nobody listens on a local socket).
+    `retry_is_cheap` says that asking again costs nothing (nobody listens on a local socket).
     """
 
-    def __init__(self, message: str, *, status: int | None = None, cheap: bool = False) -> None:
+    def __init__(self, message: str, *, status: int | None = None, retry_is_cheap: bool = False) -> None:
         super().__init__(message)
         self.status = status
-        self.cheap = cheap
+        self.retry_is_cheap = retry_is_cheap
 
 
 class NoSuchContainer(EngineError):
@@ -91,10 +82,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a follower shares with the others."""
+    """What a watcher shares with the others."""
 
     engine: Callable[[], Engine | None]
-    vantage: Callable[[Engine], Vantage]
+    own_networks: Callable[[Engine], OwnNetworks]
     publish: Callable[[TargetState], None]
     network: str | None
     log: logging.Logger
@@ -102,8 +93,8 @@ class Surroundings:
     clock: Callable[[], float] = time.monotonic
 
 
-class Follower:
-    """One target's thread. `mark`, `concerned` and `stop` are called from other threads."""
+class TargetWatcher:
+    """One target's thread. `request_inspect`, `matches` and `stop` are called from other threads."""
 
     def __init__(self, target: str, around: Surroundings) -> None:
         self.target = target
@@ -113,8 +104,8 @@ class Follower:
         self._state = TargetState(target)
         self._ids: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # over _state and _overtaken; held for no call that can block
-        self._overtaken = False  # a death was heard after the look in progress began
-        self._said: object = None
+        self._died_during_inspect = False  # a death was heard after the look in progress began
+        self._last_logged: object = None
         self._said_skipped: tuple[str, ...] = ()
         self._said_failure = ""
         self._failures = 0
@@ -131,13 +122,13 @@ class Follower:
         self._stopping.set()
         self._dirty.set()
 
-    def mark(self, *, fresh: bool = False) -> None:
+    def request_inspect(self, *, fresh: bool = False) -> None:
         """Look (again). `fresh`: because of news, so that given-up retries start anew."""
         if fresh:
             self._retries = 0
         self._dirty.set()
 
-    def bereave(self, container_id: str, at: int) -> None:
+    def container_died(self, container_id: str, at: int) -> None:
         """The container died at `at` (ns): drop its address at once, until a look that began later says more.
 
         Inspect would say so too, but only once Docker has cleaned up behind the container, some 0.1 to
@@ -151,11 +142,11 @@ class Follower:
             started = microseconds(state.started_at)
             if started is not None and started >= at // 1000:
                 return
-            self._overtaken = True
+            self._died_during_inspect = True
             self._state = replace(state, address=None)
             self._around.publish(self._state)
 
-    def concerned(self, subject: Subject) -> bool:
+    def matches(self, subject: Subject) -> bool:
         """Whether an event is about this target: its name, its container, the one it joined."""
         if self.target.removeprefix("/") in subject.names or subject.ids & self._ids:
             return True
@@ -170,19 +161,19 @@ class Follower:
             # Cleared before the look: a mark from here on is another look's.
             self._dirty.clear()
             try:
-                delay = self.look()
+                delay = self.inspect_now()
             except Exception as error:  # noqa: BLE001 - a thread that ends would freeze its target
                 delay = self._fail(EngineError(f"unexpected {type(error).__name__}: {error}"))
             # The first mark after quiet is looked at at once, those right behind it together.
             self._stopping.wait(self._around.debounce)
 
-    def look(self) -> float | None:
+    def inspect_now(self) -> float | None:
         """Ask the Engine and publish. Returns when to look again if nobody asks; None: never."""
         engine = self._around.engine()
         if engine is None:
             return None  # everybody is marked when it is back
         with self._lock:
-            self._overtaken = False
+            self._died_during_inspect = False
         try:
             state, pending, running = self._ask(engine)
         except EngineError as error:
@@ -199,14 +190,14 @@ class Follower:
             delay = self._retry.next()
         else:
             state = replace(state, problem=no_address_problem(self.target))
-        self._tell(state, running=running, pending=delay is not None)
+        self._log_change(state, running=running, pending=delay is not None)
         self._publish(state)
         return delay
 
     def _ask(self, engine: Engine) -> tuple[TargetState, bool, bool]:
         """The state, whether an address is still to come, and whether the container runs."""
         around = self._around
-        vantage = around.vantage(engine)
+        own_networks = around.own_networks(engine)
         document = self._inspect(engine, self.target)
         if document is None:
             self._ids = frozenset()
@@ -218,10 +209,10 @@ class Follower:
             joined = self._inspect(engine, reference)
             ids |= {reference, joined.get("Id") if joined is not None else None}
         self._ids = frozenset(i for i in ids if isinstance(i, str) and i)
-        if needs_drivers(joined or document, vantage, around.network):
-            vantage = replace(vantage, drivers=self._drivers(engine))
+        if needs_drivers(joined or document, own_networks, around.network):
+            own_networks = replace(own_networks, drivers=self._drivers(engine))
         self._tell_skipped(exposed_listeners(document).skipped)
-        state = target_state(self.target, document, vantage, network=around.network, joined=joined)
+        state = target_state(self.target, document, own_networks, network=around.network, joined=joined)
         return (
             keep_exposed(self._state, state),
             awaits_address(document, state),
@@ -248,7 +239,7 @@ class Follower:
 
     def _publish(self, state: TargetState) -> None:
         with self._lock:
-            if self._overtaken:
+            if self._died_during_inspect:
                 return  # asked before the container died; the event has marked for another look
             self._state = state
             self._around.publish(state)
@@ -263,7 +254,7 @@ class Follower:
             if text != self._said_failure:
                 self._said_failure = text
                 self._around.log.warning(
-                    "cannot look at the target",
+                    "inspect failed",
                     extra={"fields": {"container": self.target, "error": text}},
                 )
             self._publish(replace(self._state, problem=text))
@@ -275,16 +266,16 @@ class Follower:
         if self._said_failure:
             self._said_failure = ""
             self._around.log.info(
-                "can look at the target again", extra={"fields": {"container": self.target}}
+                "inspect works again", extra={"fields": {"container": self.target}}
             )
 
-    def _tell(self, state: TargetState, *, running: bool, pending: bool) -> None:
+    def _log_change(self, state: TargetState, *, running: bool, pending: bool) -> None:
         if pending:
             return
         news = (state.container_id, state.started_at, state.address, state.problem, running)
-        if news == self._said:
+        if news == self._last_logged:
             return
-        self._said = news
+        self._last_logged = news
         fields: dict[str, object] = {"container": self.target}
         if state.container_id:
             fields["id"] = state.container_id[:12]
@@ -298,9 +289,9 @@ class Follower:
             message, level = "target is not running: waiting for it", logging.INFO
         else:
             message, level = "there is no such container: waiting for it", logging.INFO
-        self._around.log.log(self._loudness(level), message, extra={"fields": fields})
+        self._around.log.log(self._limited_level(level), message, extra={"fields": fields})
 
-    def _loudness(self, level: int) -> int:
+    def _limited_level(self, level: int) -> int:
         """`level`, or debug where the log has been told enough in the last minute."""
         now = self._around.clock()
         quiet = len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S
@@ -308,7 +299,7 @@ class Follower:
             self._changes.append(now)
             if len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S:
                 self._around.log.warning(
-                    "target changes often: saying less of it for up to a minute",
+                    "target changes often, logging at debug level",
                     extra={"fields": {"container": self.target}},
                 )
         return logging.DEBUG if quiet else level

@@ -17,48 +17,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ambassador.model import ProcessState
+from ambassador.system.processes import ProcessState
 
-PATIENCE_S = 3.0
+TIMEOUT_S = 3.0
 """A worker that is well beats every 2 s (BEAT_MS of _common.pxd); stopped, it is replaced within 5 s."""
 
-RUNNING_PATIENCE_S = 30.0
+BUSY_TIMEOUT_S = 30.0
 
-LOOK_S = 0.25
+MIN_INTERVAL_S = 0.25
 """Looks are at least this far apart, however many there are to look at."""
 
 LATE_S = 1.0
 """A look that comes this much later than planned says that the looker was away."""
 
 _PATIENCE = {
-    ProcessState.WAITING: PATIENCE_S,
-    ProcessState.RUNNING: RUNNING_PATIENCE_S,
+    ProcessState.WAITING: TIMEOUT_S,
+    ProcessState.RUNNING: BUSY_TIMEOUT_S,
     ProcessState.ENDED: math.inf,
 }
 
 
 class Watchdog:
-    """`look_at` is the moment of the next look. At each, `is_stuck` is asked of every process."""
+    """`next_check` is the moment of the next look. At each, `is_stuck` is asked of every process."""
 
     def __init__(self) -> None:
-        self.look_at = 0.0
+        self.next_check = 0.0
         self._now = 0.0
         self._fair_from = 0.0
 
-    def begin(self, now: float) -> bool:
+    def start_check(self, now: float) -> bool:
         """Whether it is time for a look, which begins with this."""
-        if now < self.look_at:
+        if now < self.next_check:
             return False
-        if now > self.look_at + LATE_S:
+        if now > self.next_check + LATE_S:
             self._fair_from = now
-        self._now, self.look_at = now, now + PATIENCE_S
+        self._now, self.next_check = now, now + TIMEOUT_S
         return True
 
-    def is_stuck(self, alive_at: float, state: Callable[[], ProcessState]) -> bool:
+    def is_stuck(self, last_heartbeat: float, state: Callable[[], ProcessState]) -> bool:
         """Whether a process that gave its last sign of life then has been silent for too long."""
-        since = max(alive_at, self._fair_from)
-        until = since + PATIENCE_S
+        since = max(last_heartbeat, self._fair_from)
+        until = since + TIMEOUT_S
         if until <= self._now:
             until = since + _PATIENCE[state()]
-        self.look_at = min(self.look_at, max(until, self._now + LOOK_S))
+        self.next_check = min(self.next_check, max(until, self._now + MIN_INTERVAL_S))
         return until <= self._now

@@ -1,4 +1,4 @@
-"""The nursery: the slim process that forks workers, and the parent's handle on it.
+"""The fork server: the slim process that forks workers, and the parent's handle on it.
 
 It is forked by the parent before the parent imports the Docker client or starts a thread, with the
 compiled loops loaded and the garbage collector frozen, so that a worker shares nearly every page with it
@@ -8,7 +8,7 @@ What it does all its life, forking and burying, is compiled (_forker.pyx says wh
 
 Invariants:
 
-- The nursery never has a thread, and runs nothing but that loop once it serves.
+- The fork server never has a thread, and runs nothing but that loop once it serves.
 - It ends with the parent, and takes what is left of its children with it.
 """
 
@@ -25,14 +25,14 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ambassador import _forker, _worker
-from ambassador.titles import set_title
+from ambassador import _forkserver, _worker
+from ambassador.system.titles import set_title
 
 _MESSAGE = struct.Struct("=iii")  # kind, pid, status: message_t of _forker.pyx
 
 
-class NurseryGone(Exception):
-    """The nursery died: its workers go on, new ones need a new nursery."""
+class ForkServerGone(Exception):
+    """The fork server died: its workers go on, new ones need a new fork server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Exited:
     status: int
 
 
-class Nursery:
+class ForkServer:
     """The parent's handle. `fork` is for the start of the program, `launch` for any time later."""
 
     def __init__(self, sock: socket.socket, pid: int) -> None:
@@ -63,8 +63,8 @@ class Nursery:
         sock.setblocking(False)
 
     @classmethod
-    def fork(cls) -> Nursery:
-        """Fork the nursery off this process, which must not have threads yet."""
+    def fork(cls) -> ForkServer:
+        """Fork the fork server off this process, which must not have threads yet."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
@@ -74,12 +74,12 @@ class Nursery:
         return cls(ours, pid)
 
     @classmethod
-    def launch(cls) -> Nursery:
-        """Start a nursery as a new program: forking is not safe once there are threads."""
+    def launch(cls) -> ForkServer:
+        """Start a fork server as a new program: forking is not safe once there are threads."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
-                [sys.executable, "-m", "ambassador.nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "ambassador.supervise.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -90,24 +90,24 @@ class Nursery:
         return self._socket.fileno()
 
     def request(self, descriptors: tuple[int, int, int]) -> None:
-        """Ask for a worker with these. Raises NurseryGone, or BlockingIOError if it is stuck."""
+        """Ask for a worker with these. Raises ForkServerGone, or BlockingIOError if it is stuck."""
         try:
             socket.send_fds(self._socket, [b"F"], list(descriptors))
         except (BrokenPipeError, ConnectionError) as error:
-            raise NurseryGone from error
+            raise ForkServerGone from error
 
     def receive(self) -> Forked | Exited | None:
-        """The next message, or None when there is none now. Raises NurseryGone."""
+        """The next message, or None when there is none now. Raises ForkServerGone."""
         try:
             data, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE.size, 1)
         except BlockingIOError:
             return None
         except ConnectionError as error:
-            raise NurseryGone from error
+            raise ForkServerGone from error
         if len(data) != _MESSAGE.size:
-            raise NurseryGone
+            raise ForkServerGone
         kind, pid, status = _MESSAGE.unpack(data)
-        if kind == _forker.FORKED_MESSAGE:
+        if kind == _forkserver.FORKED_MESSAGE:
             return Forked(pid, fds[0] if fds else -1)
         return Exited(pid, status)
 
@@ -133,22 +133,22 @@ class Nursery:
 
 
 def serve(sock: socket.socket) -> NoReturn:
-    """The nursery's life. Never returns; workers leave it through os._exit as well."""
+    """The fork server's life. Never returns; workers leave it through os._exit as well."""
     # Ctrl-C goes to the whole process group and systemd's SIGTERM to the whole cgroup; what they mean is the
     # parent's business, here and in the workers, who inherit this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
-    set_title("nursery")
+    set_title("fork server")
     gc.collect()
     gc.disable()
     gc.freeze()  # else the first collection in a worker would touch, and so copy, every object's page
-    lent = _forker.serve(sock.fileno())
+    passed_fds = _forkserver.serve(sock.fileno())
     status = 0
-    if lent is not None:  # this is a new worker
+    if passed_fds is not None:  # this is a new worker
         status = _worker.EXIT_BROKEN
         try:
-            status = _worker.main(*lent)
+            status = _worker.main(*passed_fds)
         except BaseException as error:  # noqa: BLE001 - the process ends here whatever it was
             with contextlib.suppress(OSError):
                 os.write(

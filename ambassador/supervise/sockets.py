@@ -15,7 +15,8 @@ import errno
 import socket
 import struct
 
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 10

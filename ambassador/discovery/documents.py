@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 Document = Mapping[str, Any]
 
@@ -57,7 +58,7 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
-class Vantage:
+class OwnNetworks:
     """Where the ambassador stands. As it is by default: on the host, in no container.
 
     `network_owner` is the container whose network the ambassador uses: itself, unless it was
@@ -236,15 +237,15 @@ def own_container_id(mountinfo: str, cgroup: str) -> str | None:
     return None
 
 
-def vantage_of(document: Document | None, joined: Document | None = None) -> Vantage:
+def own_networks_of(document: Document | None, joined: Document | None = None) -> OwnNetworks:
     """The ambassador's place, from its own container's document; None: it is in no container.
 
     `joined` is the container whose network it uses, if another's.
     """
     if document is None:
-        return Vantage()
+        return OwnNetworks()
     owner = joined if joined is not None else document
-    return Vantage(
+    return OwnNetworks(
         container_id=container_id(document),
         network_owner=container_id(owner),
         host=is_host_mode(owner),
@@ -262,6 +263,6 @@ def drivers_of(networks: Iterable[Any]) -> dict[str, str]:
     return drivers
 
 
-def needs_drivers(document: Document, vantage: Vantage, network: str | None) -> bool:
+def needs_drivers(document: Document, own_networks: OwnNetworks, network: str | None) -> bool:
     """Whether to ask for the networks: from the host, an overlay or macvlan address is no use."""
-    return vantage.host and not network and len(attachments(document)) > 1
+    return own_networks.host and not network and len(attachments(document)) > 1

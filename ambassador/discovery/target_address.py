@@ -1,4 +1,4 @@
-"""From inspect documents to `TargetState`: which address, seen from where the ambassador stands.
+"""From inspect documents to `TargetState`: which address, seen from own networks.
 
 Pure functions, no I/O.
 
@@ -15,23 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ambassador.documents import (
-    DEFAULT_NETWORKS,
-    Attachment,
-    Document,
-    Vantage,
-    attachments,
-    container_id,
-    container_name,
-    exposed_listeners,
-    is_host_mode,
-    is_running,
-    is_target,
-    joined_reference,
-    section,
-    started_after,
-    text,
-)
+from ambassador.discovery.documents import DEFAULT_NETWORKS, Attachment, OwnNetworks, attachments, container_id, container_name, exposed_listeners, is_host_mode, is_running, is_target, joined_reference, section, started_after, text
+from ambassador.engine.api import Document
 from ambassador.model import TargetState
 
 NAMES_SHOWN = 8
@@ -41,25 +26,25 @@ NAMES_SHOWN = 8
 def target_state(
     target: str,
     document: Document,
-    vantage: Vantage,
+    own_networks: OwnNetworks,
     *,
     network: str | None = None,
     joined: Document | None = None,
 ) -> TargetState:
-    """What `document` says of `target`, seen from `vantage`.
+    """What `document` says of `target`, seen from `own_networks`.
 
     `network` is what the user asked for with -network; `joined` is the document of the container
     named by `joined_reference`, None where that is gone. An empty `problem` with no address means:
     not running, or running and still without an address (`awaits_address`).
     """
-    name = _plain(target)
+    name = printable(target)
     state = TargetState(
         target=target,
         exposed=exposed_listeners(document).listeners,
         container_id=container_id(document),
         started_at=text(section(document, "State"), "StartedAt"),
     )
-    if vantage.container_id and vantage.container_id == state.container_id:
+    if own_networks.container_id and own_networks.container_id == state.container_id:
         return replace(
             state,
             problem=f"{name} is the ambassador itself, or the one whose network it uses:"
@@ -67,7 +52,7 @@ def target_state(
         )
     if not is_running(document):
         return state
-    address, problem = _address(name, document, vantage, network, joined)
+    address, problem = _address(name, document, own_networks, network, joined)
     if address and not state.exposed:
         problem = "exposes no port: start it with --expose PORT, or put EXPOSE in its image"
     return replace(state, address=address or None, problem=problem and f"{name} {problem}")
@@ -80,7 +65,7 @@ def awaits_address(document: Document, state: TargetState) -> bool:
 
 def no_address_problem(target: str) -> str:
     """The problem of a target that has awaited its address for too long."""
-    name = _plain(target)
+    name = printable(target)
     return f"{name} is running, but Docker reports no address for it: docker restart {name}"
 
 
@@ -102,55 +87,55 @@ def absent_state(previous: TargetState) -> TargetState:
 def _address(
     name: str,
     document: Document,
-    vantage: Vantage,
+    own_networks: OwnNetworks,
     network: str | None,
     joined: Document | None,
 ) -> tuple[str, str]:
     """An address and a problem, either of which may be empty."""
     reference = joined_reference(document)
     if reference is None:
-        return _own_address(name, document, vantage, network)
-    problem = _joined_problem(document, reference, vantage, joined)
+        return _own_address(name, document, own_networks, network)
+    problem = _joined_problem(document, reference, own_networks, joined)
     if problem or joined is None:
         return "", problem
-    return _own_address(_plain(container_name(joined)), joined, vantage, network)
+    return _own_address(printable(container_name(joined)), joined, own_networks, network)
 
 
 def _own_address(
-    name: str, document: Document, vantage: Vantage, network: str | None
+    name: str, document: Document, own_networks: OwnNetworks, network: str | None
 ) -> tuple[str, str]:
     """Of the container `name`, which has a network of its own."""
     if is_host_mode(document):
-        return _host_address(vantage)
+        return _host_address(own_networks)
     places = attachments(document)
     if not places:
-        mode = _plain(text(section(document, "HostConfig"), "NetworkMode")) or "unknown"
+        mode = printable(text(section(document, "HostConfig"), "NetworkMode")) or "unknown"
         return "", (
             f"is on no network (network mode {mode}), so nothing can reach it:"
             f" docker network connect NETWORK {name}"
         )
     if network:
-        return _chosen_address(name, places, network, vantage)
-    if vantage.host:
-        return _address_from_host(name, places, vantage)
-    shared = [a for a in places if any(a.same_network(own) for own in vantage.attachments)]
+        return _chosen_address(name, places, network, own_networks)
+    if own_networks.host:
+        return _address_from_host(name, places, own_networks)
+    shared = [a for a in places if any(a.same_network(own) for own in own_networks.attachments)]
     if shared:
         return _first_address(shared), ""
     return "", (
         f"shares no network with the ambassador: it is on {_names(places)}, the ambassador on"
-        f" {_names(vantage.attachments)}: docker network connect NETWORK {name}, or the ambassador"
+        f" {_names(own_networks.attachments)}: docker network connect NETWORK {name}, or the ambassador"
     )
 
 
 def _joined_problem(
-    document: Document, reference: str, vantage: Vantage, joined: Document | None
+    document: Document, reference: str, own_networks: OwnNetworks, joined: Document | None
 ) -> str:
     if joined is None or not is_target(joined, reference):
         return (
-            f"uses the network of container {_plain(reference)[:12]}, which is gone: re-create it"
+            f"uses the network of container {printable(reference)[:12]}, which is gone: re-create it"
         )
-    name = _plain(container_name(joined))
-    if vantage.network_owner and vantage.network_owner == container_id(joined):
+    name = printable(container_name(joined))
+    if own_networks.network_owner and own_networks.network_owner == container_id(joined):
         return "shares the ambassador's own network, where its ports are taken: give either its own"
     if joined_reference(joined) is not None:
         return f"uses the network of {name}, which uses another's in turn: join that one directly"
@@ -167,41 +152,41 @@ def _joined_problem(
     return ""
 
 
-def _host_address(vantage: Vantage) -> tuple[str, str]:
-    if vantage.host:
+def _host_address(own_networks: OwnNetworks) -> tuple[str, str]:
+    if own_networks.host:
         return "", "is on the host network, as the ambassador is: it listens there itself"
-    for own in vantage.attachments:
+    for own in own_networks.attachments:
         if own.gateway:
             return own.gateway, ""
     return "", (
-        f"is on the host network, and none of the ambassador's own ({_names(vantage.attachments)})"
+        f"is on the host network, and none of the ambassador's own ({_names(own_networks.attachments)})"
         " has a gateway to it: docker network connect bridge AMBASSADOR"
     )
 
 
 def _chosen_address(
-    name: str, places: tuple[Attachment, ...], network: str, vantage: Vantage
+    name: str, places: tuple[Attachment, ...], network: str, own_networks: OwnNetworks
 ) -> tuple[str, str]:
     for place in places:
         if network in (place.network, place.network_id):
-            here = vantage.host or any(place.same_network(own) for own in vantage.attachments)
+            here = own_networks.host or any(place.same_network(own) for own in own_networks.attachments)
             if here:
                 return place.address, ""
             return place.address, (
-                f"is on the network {_plain(network)} that -network names, the ambassador is not:"
-                f" docker network connect {_plain(network)} AMBASSADOR"
+                f"is on the network {printable(network)} that -network names, the ambassador is not:"
+                f" docker network connect {printable(network)} AMBASSADOR"
             )
     return "", (
-        f"is not on the network {_plain(network)} that -network names, but on {_names(places)}:"
-        f" docker network connect {_plain(network)} {name}"
+        f"is not on the network {printable(network)} that -network names, but on {_names(places)}:"
+        f" docker network connect {printable(network)} {name}"
     )
 
 
 def _address_from_host(
-    name: str, places: tuple[Attachment, ...], vantage: Vantage
+    name: str, places: tuple[Attachment, ...], own_networks: OwnNetworks
 ) -> tuple[str, str]:
     def driver(place: Attachment) -> str:
-        known = vantage.drivers.get(place.network_id) or vantage.drivers.get(place.network)
+        known = own_networks.drivers.get(place.network_id) or own_networks.drivers.get(place.network)
         return known or "bridge"  # not asked or not allowed to: what it most often is
 
     bridges = [place for place in places if driver(place) == "bridge"]
@@ -221,10 +206,10 @@ def _first_address(places: Iterable[Attachment]) -> str:
 def _names(places: tuple[Attachment, ...]) -> str:
     if not places:
         return "none"
-    shown = ", ".join(_plain(place.network) for place in places[:NAMES_SHOWN])
+    shown = ", ".join(printable(place.network) for place in places[:NAMES_SHOWN])
     rest = len(places) - NAMES_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def _plain(name: str) -> str:
+def printable(name: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:128])

@@ -27,12 +27,12 @@ import urllib3
 from docker.constants import MINIMUM_DOCKER_API_VERSION
 from docker.errors import DockerException
 
-from ambassador.follower import EngineError, NoSuchContainer
+from ambassador.engine.api import EngineError, NoSuchContainer
 
 TIMEOUT_S = 5.0
-PIECE = 64 * 1024
+READ_BYTES = 64 * 1024
 POOL = 64
-"""Kept connections. Each follower may use one at a time."""
+"""Kept connections. Each watcher may use one at a time."""
 
 _VERSION = re.compile(r"1\.\d+", re.ASCII)
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
@@ -85,9 +85,9 @@ def connect_engine(
         made.trust_env = False
         return made
 
-    probe = _asking("GET /_ping", where, lambda: client(MINIMUM_DOCKER_API_VERSION))
+    probe = _call("GET /_ping", where, lambda: client(MINIMUM_DOCKER_API_VERSION))
     try:
-        version = _asking("GET /_ping", where, lambda: _version_of_ping(probe))
+        version = _call("GET /_ping", where, lambda: _version_of_ping(probe))
     except EngineError as error:
         if error.status not in (403, 404, 405):
             raise
@@ -95,8 +95,8 @@ def connect_engine(
     finally:
         probe.close()
     if not version:
-        version = _asking("GET /version", where, lambda: client("auto").api_version)
-    return DockerEngine(_asking("GET /_ping", where, lambda: client(version)), where)
+        version = _call("GET /version", where, lambda: client("auto").api_version)
+    return DockerEngine(_call("GET /_ping", where, lambda: client(version)), where)
 
 
 def _tls_config(tls: TlsFiles | None) -> docker.tls.TLSConfig | bool:
@@ -131,9 +131,9 @@ class DockerEngine:
     def inspect_container(self, name: str) -> Mapping[str, Any]:
         if not _NAME.fullmatch(name):
             # Not asked: with a slash or a question mark in it, it would be another endpoint's path.
-            raise NoSuchContainer(f"no container can be named {_line(name, 64)}", status=404)
-        endpoint = f"GET /containers/{_line(name, 64)}/json"
-        document: object = _asking(
+            raise NoSuchContainer(f"no container can be named {first_line(name, 64)}", status=404)
+        endpoint = f"GET /containers/{first_line(name, 64)}/json"
+        document: object = _call(
             endpoint, self._where, lambda: self._client.inspect_container(name)
         )
         if not isinstance(document, Mapping):
@@ -155,13 +155,13 @@ class DockerEngine:
             response.raise_for_status()
             return response
 
-        return DockerEvents(_asking("GET /events", self._where, subscribe))
+        return DockerEvents(_call("GET /events", self._where, subscribe))
 
     def ping(self) -> None:
-        _asking("GET /_ping", self._where, self._client.ping)
+        _call("GET /_ping", self._where, self._client.ping)
 
     def networks(self) -> list[Any]:
-        networks: object = _asking("GET /networks", self._where, self._client.networks)
+        networks: object = _call("GET /networks", self._where, self._client.networks)
         return networks if isinstance(networks, list) else []
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class DockerEvents:
         # for before it returns, so ask for a byte.
         raw = self._response.raw
         try:
-            yield from raw.stream(PIECE if raw.chunked else 1)
+            yield from raw.stream(READ_BYTES if raw.chunked else 1)
         except (*_FAULTS, AttributeError):
             return  # closed from here, or broken from there: what matters is that it ended
 
@@ -207,18 +207,18 @@ def _socket_of(response: requests.Response) -> socket.socket | None:
 # --- errors one can act on ---------------------------------------------------------------------
 
 
-def _asking(endpoint: str, where: str, ask: Callable[[], T]) -> T:
+def _call(endpoint: str, where: str, ask: Callable[[], T]) -> T:
     try:
         return ask()
     except _FAULTS as error:
-        raise _explained(error, endpoint, where) from error
+        raise _engine_error(error, endpoint, where) from error
 
 
-def _explained(error: BaseException, endpoint: str, where: str) -> EngineError:
+def _engine_error(error: BaseException, endpoint: str, where: str) -> EngineError:
     chain = list(_causes(error))
     answer = next((e for e in chain if isinstance(e, requests.HTTPError)), None)
     if answer is not None and answer.response is not None:
-        return _refused(answer, endpoint, where)
+        return _http_error(answer, endpoint, where)
     if any(isinstance(e, requests.Timeout | TimeoutError) for e in chain):
         return EngineError(f"{where} does not answer {endpoint} in time: is the daemon stuck?")
     number = next((e.errno for e in chain if isinstance(e, OSError) and e.errno), None)
@@ -227,25 +227,25 @@ def _explained(error: BaseException, endpoint: str, where: str) -> EngineError:
         return EngineError(
             f"there is no socket {where}: start Docker, or in a container mount it with"
             f" docker run -v /var/run/docker.sock:{where} …",
-            cheap=True,
+            retry_is_cheap=True,
         )
     if local and number in (errno.EACCES, errno.EPERM):
         return EngineError(
             f"permission denied on {where}: run with the socket's group, docker run"
             f" --group-add $(stat -c %g {where}) …",
-            cheap=True,
+            retry_is_cheap=True,
         )
     if local and number == errno.ECONNREFUSED:
         return EngineError(
             f"nobody listens on {where}: is the daemon running? (a socket mounted into a container"
             " is stale once the daemon made a new one: mount its directory)",
-            cheap=True,
+            retry_is_cheap=True,
         )
     reason = next((e.strerror for e in chain if isinstance(e, OSError) and e.strerror), None)
-    return EngineError(f"{where}: {endpoint} failed: {_line(reason or str(error) or repr(error))}")
+    return EngineError(f"{where}: {endpoint} failed: {first_line(reason or str(error) or repr(error))}")
 
 
-def _refused(error: requests.HTTPError, endpoint: str, where: str) -> EngineError:
+def _http_error(error: requests.HTTPError, endpoint: str, where: str) -> EngineError:
     status, said = error.response.status_code, _message(error.response)
     if status == 404 and said and said != "page not found":
         # In the Engine's own form: it knows the endpoint, and not the container. Engines word it
@@ -257,7 +257,7 @@ def _refused(error: requests.HTTPError, endpoint: str, where: str) -> EngineErro
             " PING, VERSION, EVENTS, CONTAINERS and NETWORKS = 1)",
             status=status,
         )
-    text = f"{where} answers {endpoint} with {status}: {said or _line(error.response.reason or '')}"
+    text = f"{where} answers {endpoint} with {status}: {said or first_line(error.response.reason or '')}"
     if status == 404:
         text += ": is this a Docker Engine?"
     return EngineError(text, status=status)
@@ -269,7 +269,7 @@ def _message(response: requests.Response) -> str:
         answer = response.json()
     except (requests.RequestException, ValueError):
         return ""
-    return _line(str(answer.get("message", ""))) if isinstance(answer, Mapping) else ""
+    return first_line(str(answer.get("message", ""))) if isinstance(answer, Mapping) else ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -284,6 +284,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             todo += [*here.args, getattr(here, "reason", None), here.__cause__, here.__context__]
 
 
-def _line(text: str, limit: int = 200) -> str:
+def first_line(text: str, limit: int = 200) -> str:
     first = next(iter(text.strip().splitlines()), "")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in first[:limit])

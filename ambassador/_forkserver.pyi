@@ -1,4 +1,4 @@
-"""The nursery's loop (compiled from _forker.pyx, which has its messages)."""
+"""The fork server's loop (compiled from _forker.pyx, which has its messages)."""
 
 from typing import Final
 

@@ -1,7 +1,7 @@
 """Takes control records apart (control.py has their form). Compiled for memory.
 
 This is all the parsing that a worker does. In Python it touched half a megabyte of the interpreter's
-objects, and each page that is touched is one that the worker no longer shares with the nursery.
+objects, and each page that is touched is one that the worker no longer shares with the fork server.
 
 Invariants: nothing is read past what the header says; what does not parse raises ValueError and leaves
 the stream as it was. Little-endian machines only, like the records.
@@ -17,7 +17,7 @@ cdef enum:
     CURRENT_VERSION = 2
     LARGEST_PAYLOAD = 60000  # a pipe holds 64 KiB, so a record always fits an empty one
     MOST_BACKENDS = 1024
-    MOST_SEATS = 64  # as many pages of counters are mapped
+    MOST_SLOTS = 64  # as many pages of counters are mapped
 
 cdef enum:
     KIND_START = 1
@@ -40,7 +40,7 @@ REPOINT = KIND_REPOINT
 DRAIN = KIND_DRAIN
 MAX_PAYLOAD = LARGEST_PAYLOAD
 MAX_BACKENDS = MOST_BACKENDS
-MAX_SEATS = MOST_SEATS
+MAX_SLOTS = MOST_SLOTS
 TCP = PROTOCOL_TCP
 UDP = PROTOCOL_UDP
 GSO = FLAG_GSO
@@ -59,8 +59,8 @@ cdef packed struct start_t:
     uint8_t protocol
     uint8_t flags
     uint32_t limits[9]
-    uint16_t seat
-    uint16_t seats
+    uint16_t slot
+    uint16_t slots
 
 cdef packed struct repoint_t:
     uint16_t count
@@ -86,12 +86,12 @@ cdef tuple take_start(const char *payload, size_t length):
         raise ValueError(f"unknown protocol number {record.protocol}")
     if record.flags & ~FLAGS or record.flags & (FLAGS - FLAG_GSO) == FLAG_SANDBOX_REQUIRED:
         raise ValueError(f"unknown flags {record.flags:#x}")
-    if record.seat >= record.seats or record.seats > MOST_SEATS:
-        raise ValueError(f"seat {record.seat} of {record.seats}")
+    if record.slot >= record.slots or record.slots > MOST_SLOTS:
+        raise ValueError(f"seat {record.slot} of {record.slots}")
     return (
         record.port, record.protocol, record.flags, record.limits[0], record.limits[1],
         record.limits[2], record.limits[3], record.limits[4], record.limits[5], record.limits[6],
-        record.limits[7], record.limits[8], record.seat, record.seats,
+        record.limits[7], record.limits[8], record.slot, record.slots,
     )
 
 

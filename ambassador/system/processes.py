@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import psutil
 
-from ambassador.model import Listener, ProcessState, Protocol
+from ambassador.model import Listener
+from ambassador.system.processes import ProcessState
+from ambassador.values import Protocol
 
 _RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_WAKING}
 _ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}

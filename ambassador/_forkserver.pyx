@@ -1,19 +1,19 @@
-"""The nursery's loop: forks a worker on each request, reports births and deaths. Compiled for memory.
+"""The fork server's loop: forks a worker on each request, reports births and deaths. Compiled for memory.
 
-A page that the nursery writes between two forks is no longer shared by the workers on either side of it,
-so each worker pays for whatever the nursery does. Written in Python this loop touched some 0.7 MB of
+A page that the fork server writes between two forks is no longer shared by the workers on either side of it,
+so each worker pays for whatever the fork server does. Written in Python this loop touched some 0.7 MB of
 objects (reference counts) per turn; here it touches a page of stack.
 
 Messages over the socket pair (SOCK_SEQPACKET, so each arrives whole), in the machine's own byte order:
 
-    request   parent -> nursery   1 byte and three descriptors: listener, control pipe, counters
-    forked    nursery -> parent   FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and none
-    exited    nursery -> parent   EXITED, pid, wait status
+    request   parent -> fork server   1 byte and three descriptors: listener, control pipe, counters
+    forked    fork server -> parent   FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and none
+    exited    fork server -> parent   EXITED, pid, wait status
 
 Invariants
 ----------
 - fork(2) is called in a process that has one thread, so the child needs no repair of the interpreter.
-- The nursery keeps no descriptor of a worker but its pidfd, and a worker keeps only its own three.
+- The fork server keeps no descriptor of a worker but its pidfd, and a worker keeps only its own three.
 - When the parent is gone, every child is killed: one that is stopped or stuck would not notice.
 
 Sources: fork(2), pidfd_open(2), unix(7), cmsg(3).
@@ -63,8 +63,8 @@ cdef extern from *:
     int pidfd_open "ambassador_pidfd_open" (int pid, unsigned int flags) nogil
 
 cdef enum:
-    LENT = 3  # descriptors of a worker
-    FIRST_LENT = 3  # behind standard input, output and error
+    PASSED = 3  # descriptors of a worker
+    FIRST_PASSED = 3  # behind standard input, output and error
     MAX_CHILDREN = 4096
     CONTROL_BYTES = 64
 
@@ -80,7 +80,7 @@ cdef struct message_t:
     int32_t pid
     int32_t status
 
-# One nursery to a process: its children, beside the pidfd of each; the parent's socket comes first.
+# One fork server to a process: its children, beside the pidfd of each; the parent's socket comes first.
 cdef pollfd watched[MAX_CHILDREN + 1]
 cdef int32_t pids[MAX_CHILDREN + 1]
 cdef int watching
@@ -109,14 +109,14 @@ cdef int report(int32_t kind, int32_t pid, int32_t status, int pidfd) noexcept:
     return 0
 
 
-cdef void become_worker(int *lent) noexcept:
+cdef void become_worker(int *passed_fds) noexcept:
     """In the child: standard error and the three descriptors, nothing else."""
     cdef int place, null
-    for place in range(LENT):  # first out of the way of the places they go to
-        lent[place] = dup2(lent[place], FIRST_LENT + LENT + watching + LENT + place)
-    for place in range(LENT):
-        lent[place] = dup2(lent[place], FIRST_LENT + place)
-    close_range(FIRST_LENT + LENT, ~<unsigned int>0, 0)
+    for place in range(PASSED):  # first out of the way of the places they go to
+        passed_fds[place] = dup2(passed_fds[place], FIRST_PASSED + PASSED + watching + PASSED + place)
+    for place in range(PASSED):
+        passed_fds[place] = dup2(passed_fds[place], FIRST_PASSED + place)
+    close_range(FIRST_PASSED + PASSED, ~<unsigned int>0, 0)
     null = open("/dev/null", O_RDWR)
     if null >= 0:
         dup2(null, 0)
@@ -124,17 +124,17 @@ cdef void become_worker(int *lent) noexcept:
         close(null)
 
 
-cdef int give_birth(int *lent) noexcept:
-    """Fork a worker that owns `lent`. 1 in the child; in the nursery 0, or -1 if the parent is gone."""
+cdef int fork_worker(int *passed_fds) noexcept:
+    """Fork a worker that owns `passed_fds`. 1 in the child; in the fork server 0, or -1 if the parent is gone."""
     cdef int place, pidfd, told
     cdef int32_t pid = -1
     if watching <= MAX_CHILDREN:
         pid = fork()
     if pid == 0:
-        become_worker(lent)
+        become_worker(passed_fds)
         return 1
-    for place in range(LENT):
-        close(lent[place])
+    for place in range(PASSED):
+        close(passed_fds[place])
     if pid < 0:  # a limit on processes or memory: the parent tries again later
         return report(FORKED, -errno, 0, -1)
     pidfd = pidfd_open(pid, 0)
@@ -150,7 +150,7 @@ cdef void add_child(int pidfd, int32_t pid) noexcept:
     watching += 1
 
 
-cdef int bury(int place) noexcept:
+cdef int reap_child(int place) noexcept:
     """The child at `place` has ended; the last one takes its place. -1 if the parent is gone."""
     global watching
     cdef int status = 0
@@ -162,8 +162,8 @@ cdef int bury(int place) noexcept:
     return report(EXITED, pid, status, -1)
 
 
-cdef int hear(int *lent) noexcept:
-    """The parent's next request into `lent`: 1, or 0 when the parent is gone."""
+cdef int receive(int *passed_fds) noexcept:
+    """The parent's next request into `passed_fds`: 1, or 0 when the parent is gone."""
     cdef char control[CONTROL_BYTES]
     cdef char byte
     cdef iovec part
@@ -178,45 +178,45 @@ cdef int hear(int *lent) noexcept:
     if got <= 0:
         return 0
     item = CMSG_FIRSTHDR(&header)
-    if item == NULL or item.cmsg_len != CMSG_LEN(LENT * sizeof(int)):
+    if item == NULL or item.cmsg_len != CMSG_LEN(PASSED * sizeof(int)):
         return 0
-    memcpy(lent, CMSG_DATA(item), LENT * sizeof(int))
+    memcpy(passed_fds, CMSG_DATA(item), PASSED * sizeof(int))
     return 1
 
 
-cdef bint tend(int *lent) noexcept:
+cdef bint serve_requests(int *passed_fds) noexcept:
     """Serve the parent. True in a new worker, False when the parent is gone."""
-    cdef int place, born
+    cdef int place, started
     while True:
         if poll(watched, watching, -1) < 0 and errno != EINTR:
             return False
         place = watching - 1
         while place > 0:  # from the end: burying moves the last one, which has been looked at
-            if watched[place].revents and bury(place) < 0:
+            if watched[place].revents and reap_child(place) < 0:
                 return False
             place -= 1
         if watched[0].revents:
             watched[0].revents = 0
-            if not hear(lent):
+            if not receive(passed_fds):
                 return False
-            born = give_birth(lent)
-            if born:
-                return born > 0
+            started = fork_worker(passed_fds)
+            if started:
+                return started > 0
 
 
 def serve(int fd):
     """Serve the parent at the other end of socket `fd` until it is gone; then every child is killed.
 
-    Returns None in the nursery, and in each new worker its three descriptors: listener, control pipe,
+    Returns None in the fork server, and in each new worker its three descriptors: listener, control pipe,
     counters. The caller must have no other thread.
     """
     global watching
-    cdef int lent[LENT]
+    cdef int passed_fds[PASSED]
     cdef int place
     watched[0].fd, watched[0].events = fd, POLLIN
     watching = 1
-    if tend(lent):
-        return lent[0], lent[1], lent[2]
+    if serve_requests(passed_fds):
+        return passed_fds[0], passed_fds[1], passed_fds[2]
     for place in range(1, watching):
         send_signal(pids[place], SIGKILL)
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ambassador import _sandbox
 
 
-def lacking(word: int) -> tuple[str, ...]:
+def missing_steps(word: int) -> tuple[str, ...]:
     """The steps that were wanted and do not hold, by name; none where the sandbox is whole."""
     missing = word >> _sandbox.MISSING
     return tuple(name for bit, name in enumerate(_sandbox.STEPS) if missing >> bit & 1)

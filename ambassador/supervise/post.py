@@ -1,7 +1,7 @@
 """A post: one listener's place in the parent, for as long as somebody exposes the port.
 
 It keeps what must outlive any one worker: the bound sockets, the route, the generation, and the numbers
-that tell one run of a container from another. Its seats are the places of its workers: one, or more with
+that tell one run of a container from another. Its slots are the places of its workers: one, or more with
 `-workers`. Policy (when to fork, when to give up) is the supervisor's.
 
 Invariants:
@@ -18,11 +18,11 @@ from __future__ import annotations
 import os
 import socket
 
-from ambassador import sockets
+from ambassador.supervise import sockets
 from ambassador.control import Destination, Repoint, Start
 from ambassador.model import Backend, Listener, Route
-from ambassador.titles import title_of
-from ambassador.worker import Handle, make_counters
+from ambassador.system.titles import title_of
+from ambassador.supervise.worker import WorkerProcess, make_counters
 
 STABLE_S = 10.0
 """A worker that lived this long was no part of a crash loop."""
@@ -34,29 +34,29 @@ DEGRADED_AFTER = 5
 """Deaths in a row, within 1.5 s at the least: the port is degraded until a worker has lived for STABLE_S."""
 
 
-class Seat:
+class WorkerSlot:
     """The place of one worker: `worker` while there is one, else `due`, the moment for the next."""
 
     def __init__(self) -> None:
-        self.worker: Handle | None = None
+        self.worker: WorkerProcess | None = None
         self.due: float | None = 0.0
-        self.born = 0.0
+        self.started = 0.0
         self._failures = 0
 
-    def take(self, worker: Handle, now: float) -> None:
-        self.worker, self.due, self.born = worker, None, now
+    def take(self, worker: WorkerProcess, now: float) -> None:
+        self.worker, self.due, self.started = worker, None, now
 
-    def lose(self, now: float) -> float:
+    def worker_exited(self, now: float) -> float:
         """The worker is gone: seconds to wait before the next (0 unless they keep dying)."""
         self._vacate()
-        self._failures = 1 if now - self.born >= STABLE_S else self._failures + 1
+        self._failures = 1 if now - self.started >= STABLE_S else self._failures + 1
         delay = 0.0
         if self._failures > 1:
             delay = min(RESTART_FIRST_S * 2 ** min(self._failures - 2, 16), RESTART_LAST_S)
         self.due = now + delay
         return delay
 
-    def postpone(self, due: float) -> None:
+    def retry_at(self, due: float) -> None:
         """The worker could not be asked for; that is no fault of its own."""
         self._vacate()
         self.due = due
@@ -67,7 +67,7 @@ class Seat:
 
     def recover(self, now: float) -> None:
         """No longer degraded, if its worker has proved stable."""
-        if self.worker is not None and now - self.born >= STABLE_S:
+        if self.worker is not None and now - self.started >= STABLE_S:
             self._failures = 0
 
     def _vacate(self) -> None:
@@ -82,7 +82,7 @@ class Post:
     def __init__(self, route: Route, workers: int = 1) -> None:
         self.route = route
         self.generation = 0
-        self.seats = [Seat() for _ in range(workers)]
+        self.slots = [WorkerSlot() for _ in range(workers)]
         self.bind_at = 0.0
         self.bind_error = ""
         self._sockets: list[socket.socket] = []
@@ -96,16 +96,16 @@ class Post:
         return self.route.listener
 
     @property
-    def workers(self) -> list[Handle]:
-        return [seat.worker for seat in self.seats if seat.worker is not None]
+    def workers(self) -> list[WorkerProcess]:
+        return [slot.worker for slot in self.slots if slot.worker is not None]
 
     @property
     def degraded(self) -> bool:
         """Whether workers keep dying here."""
-        return any(seat.degraded for seat in self.seats)
+        return any(slot.degraded for slot in self.slots)
 
-    def seat_of(self, worker: Handle) -> Seat:
-        return next(seat for seat in self.seats if seat.worker is worker)
+    def slot_of(self, worker: WorkerProcess) -> WorkerSlot:
+        return next(slot for slot in self.slots if slot.worker is worker)
 
     def repoint(self, route: Route) -> None:
         """A new route; the workers hear of it at once."""
@@ -130,9 +130,9 @@ class Post:
 
     def bind(self) -> None:
         """Take the port. Raises OSError, as sockets.bind_group does."""
-        self._sockets = sockets.bind_group(self.listener, len(self.seats))
+        self._sockets = sockets.bind_group(self.listener, len(self.slots))
         if self._counters < 0:
-            self._counters = make_counters(len(self.seats))
+            self._counters = make_counters(len(self.slots))
 
     def close(self) -> None:
         """Give up the port. The workers, if any, are the caller's to end."""
@@ -145,13 +145,13 @@ class Post:
 
     # -- workers
 
-    def prepare(self, seat: Seat, start: Start) -> tuple[Handle, tuple[int, int, int]]:
-        """A handle for a new worker, told all it needs, and what the nursery must lend it."""
-        place = self.seats.index(seat)
-        start = start._replace(seat=place, seats=len(self.seats))
-        handle = Handle(start, self._record(), self._counters)
+    def prepare(self, slot: WorkerSlot, start: Start) -> tuple[WorkerProcess, tuple[int, int, int]]:
+        """A handle for a new worker, told all it needs, and what the fork server must lend it."""
+        place = self.slots.index(slot)
+        start = start._replace(slot=place, slots=len(self.slots))
+        handle = WorkerProcess(start, self._record(), self._counters)
         sock = self._sockets[place % len(self._sockets)]
-        return handle, handle.lend(sock.fileno())
+        return handle, handle.passed_fds(sock.fileno())
 
     # -- words
 

@@ -1,11 +1,11 @@
 """Follows the targets through a Docker Engine, and keeps at it whatever the Engine does.
 
-Threads: one per target (`follower.py`), one that holds the event stream and reconnects, one that
+Threads: one per target (`watcher.py`), one that holds the event stream and reconnects, one that
 pings and reconciles. All are daemon threads: none keeps the program from ending.
 
 Invariants:
 
-- Level-triggered: an event, a reconnect and the passing of 30 s only mark followers. What is so is
+- Level-triggered: an event, a reconnect and the passing of 30 s only mark watchers. What is so is
   what inspect says.
 - Subscribed first, looked after: between the two nothing can be missed.
 - While the Engine is away the last states stand, and that it went and came is one log line each.
@@ -21,17 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ambassador.documents import Vantage, joined_reference, own_container_id, vantage_of
-from ambassador.engine import connect_engine
-from ambassador.events import FILTERS, Backoff, EventParser, death, subject
-from ambassador.follower import (
-    Engine,
-    EngineError,
-    EventStream,
-    Follower,
-    NoSuchContainer,
-    Surroundings,
-)
+from ambassador.discovery.documents import OwnNetworks, joined_reference, own_container_id, own_networks_of
+from ambassador.engine.client import connect_engine
+from ambassador.discovery.events import FILTERS, EventParser, death, subject
+from ambassador.backoff import Backoff
+from ambassador.engine.api import Engine, EngineError, EventStream, NoSuchContainer
+from ambassador.discovery.watcher import TargetWatcher, Surroundings
 from ambassador.model import TargetState
 
 __all__ = ["Discovery", "connect_engine", "read_own_id"]
@@ -59,7 +54,7 @@ def read_own_id() -> str | None:
     return own_container_id(*texts)
 
 
-class Discovery:
+class DockerSource:
     """What Docker says of the targets, kept current from `start` to `stop`.
 
     `connect` makes a fresh `Engine` and raises EngineError where there is none. `on_change` is
@@ -94,37 +89,37 @@ class Discovery:
         self._states = {target: TargetState(target) for target in targets}
         self._engine: Engine | None = None
         self._stream: EventStream | None = None
-        self._vantage_lock = threading.Lock()  # held while asking: everybody needs the answer
-        self._vantage: Vantage | None = None
-        self._vantage_stale = True
+        self._own_networks_lock = threading.Lock()  # held while asking: everybody needs the answer
+        self._own_networks: OwnNetworks | None = None
+        self._own_networks_stale = True
         self._lost_said: str | None = None
         self._lost_at = 0.0
         around = Surroundings(
             engine=lambda: self._engine,
-            vantage=self._vantage_now,
+            own_networks=self._own_networks_now,
             publish=self._publish,
             network=network or None,
             log=log,
             debounce=debounce,
             clock=clock,
         )
-        self._followers = [Follower(target, around) for target in self._states]
+        self._watchers = [TargetWatcher(target, around) for target in self._states]
         self._threads = [
             threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
             for name, turn in (("docker events", self._events_turn), ("docker watch", self._watch))
         ]
 
     def start(self) -> None:
-        for follower in self._followers:
-            follower.start()
+        for watcher in self._watchers:
+            watcher.start()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Ends the threads; one that is inside a request is left to its timeout."""
         self._stopping.set()
-        for follower in self._followers:
-            follower.stop()
+        for watcher in self._watchers:
+            watcher.stop()
         with self._lock:
             engine, stream = self._engine, self._stream
             self._engine = None
@@ -133,7 +128,7 @@ class Discovery:
         if engine is not None:
             engine.close()
         deadline = time.monotonic() + 0.5
-        for thread in (*self._threads, *(follower.thread for follower in self._followers)):
+        for thread in (*self._threads, *(watcher.thread for watcher in self._watchers)):
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def states(self) -> tuple[TargetState, ...]:
@@ -146,7 +141,7 @@ class Discovery:
         """Whether the Engine answers, as far as is known."""
         return self._engine is not None
 
-    # --- for the followers ---
+    # --- for the watchers ---
 
     def _publish(self, state: TargetState) -> None:
         with self._lock:
@@ -155,38 +150,38 @@ class Discovery:
         if changed and not self._stopping.is_set():
             self._on_change()
 
-    def _vantage_now(self, engine: Engine) -> Vantage:
-        with self._vantage_lock:
-            if self._vantage is not None and not self._vantage_stale:
-                return self._vantage
-            self._vantage_stale = False  # before asking: who marks it meanwhile is heard
+    def _own_networks_now(self, engine: Engine) -> OwnNetworks:
+        with self._own_networks_lock:
+            if self._own_networks is not None and not self._own_networks_stale:
+                return self._own_networks
+            self._own_networks_stale = False  # before asking: who marks it meanwhile is heard
             try:
-                vantage = self._ask_vantage(engine)
+                own_networks = self._ask_own_networks(engine)
             except EngineError:
-                self._vantage_stale = True
-                if self._vantage is None:
+                self._own_networks_stale = True
+                if self._own_networks is None:
                     raise
-                return self._vantage
-            if vantage != self._vantage:
-                self._vantage = vantage
-                place = " ".join(a.network for a in vantage.attachments) or "none"
-                fields = {"networks": "the host's" if vantage.host else place}
-                self._log.info("where the ambassador stands", extra={"fields": fields})
-            return vantage
+                return self._own_networks
+            if own_networks != self._own_networks:
+                self._own_networks = own_networks
+                place = " ".join(a.network for a in own_networks.attachments) or "none"
+                fields = {"networks": "the host's" if own_networks.host else place}
+                self._log.info("own networks", extra={"fields": fields})
+            return own_networks
 
-    def _ask_vantage(self, engine: Engine) -> Vantage:
+    def _ask_own_networks(self, engine: Engine) -> OwnNetworks:
         own = self._own_id()
         if own is None:
-            return vantage_of(None)
+            return own_networks_of(None)
         try:
             document = engine.inspect_container(own)
         except NoSuchContainer:
             # In a container of another Engine than the one it asks. There is no telling what can
             # be reached from here; the host's view is the likeliest.
-            return vantage_of(None)
+            return own_networks_of(None)
         reference = joined_reference(document)
         joined = engine.inspect_container(reference) if reference is not None else None
-        return vantage_of(document, joined)
+        return own_networks_of(document, joined)
 
     # --- threads ---
 
@@ -209,11 +204,11 @@ class Discovery:
                 engine.close()
                 raise
         except EngineError as error:
-            self._lost(error)
-            self._stopping.wait(self._backoff.next(LOCAL_CAP_S if error.cheap else None))
+            self._disconnected(error)
+            self._stopping.wait(self._backoff.next(LOCAL_CAP_S if error.retry_is_cheap else None))
             return
         began = self._clock()
-        self._found(engine, stream)
+        self._connected(engine, stream)
         self._mark_all()
         self._read(stream)
         stream.close()
@@ -224,7 +219,7 @@ class Discovery:
         else:
             self._stopping.wait(self._backoff.next())
 
-    def _found(self, engine: Engine, stream: EventStream) -> None:
+    def _connected(self, engine: Engine, stream: EventStream) -> None:
         with self._lock:
             former, self._engine, self._stream = self._engine, engine, stream
             stopping = self._stopping.is_set()
@@ -236,7 +231,7 @@ class Discovery:
             self._lost_said = None
             self._log.info("connected to Docker again")
 
-    def _lost(self, error: EngineError) -> None:
+    def _disconnected(self, error: EngineError) -> None:
         with self._lock:
             engine, self._engine, self._stream = self._engine, None, None
         if engine is not None:
@@ -258,21 +253,21 @@ class Discovery:
                 who = subject(event)
                 dead = death(event)
                 if dead is not None:
-                    for follower in self._followers:
-                        follower.bereave(*dead)
-                vantage = self._vantage
-                own = (vantage.container_id, vantage.network_owner) if vantage else ()
+                    for watcher in self._watchers:
+                        watcher.container_died(*dead)
+                own_networks = self._own_networks
+                own = (own_networks.container_id, own_networks.network_owner) if own_networks else ()
                 if who is None or any(i in who.ids for i in own):
                     self._mark_all()
                     continue
-                for follower in self._followers:
-                    if follower.concerned(who):
-                        follower.mark(fresh=True)
+                for watcher in self._watchers:
+                    if watcher.matches(who):
+                        watcher.request_inspect(fresh=True)
 
     def _mark_all(self, *, fresh: bool = True) -> None:
-        self._vantage_stale = True
-        for follower in self._followers:
-            follower.mark(fresh=fresh)
+        self._own_networks_stale = True
+        for watcher in self._watchers:
+            watcher.request_inspect(fresh=fresh)
 
     def _watch(self) -> None:
         """Pings and reconciles: an event stream has no read timeout, and may lose events."""

@@ -1,11 +1,11 @@
 """The parent's loop: brings what runs to what is desired, and keeps it there.
 
-    wait -> dispatch (wake, nursery, a worker's pipe) -> signals -> reconcile -> start what is due
+    wait -> dispatch (wake, fork server, a worker's pipe) -> signals -> reconcile -> start what is due
          -> kill what is overdue or stuck -> report what was lost
 
 Invariants:
 
-- Exactly one live worker per seat, and one seat per listener unless told otherwise; a port's sockets
+- Exactly one live worker per slot, and one slot per listener unless told otherwise; a port's sockets
   outlive its workers, so it never refuses.
 - The loop blocks nowhere but in its wait: workers are told through non-blocking pipes, Docker is asked by
   other threads, logging has a thread of its own.
@@ -28,20 +28,24 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
-from ambassador import control, sandbox
-from ambassador._worker import EXIT_UNCONFINED
-from ambassador.model import DesiredState, Listener, ProcessState, Protocol, Sandbox
-from ambassador.nursery import Exited, Forked, Nursery, NurseryGone
-from ambassador.post import Post, Seat
+from ambassador import control
+from ambassador.supervise import sandbox
+from ambassador._worker import EXIT_NO_SANDBOX
+from ambassador.model import DesiredState, Listener
+from ambassador.system.processes import ProcessState
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
+from ambassador.supervise.forkserver import Exited, Forked, ForkServer, ForkServerGone
+from ambassador.supervise.post import Post, WorkerSlot
 from ambassador.reconcile import Repoint, Start, Stop, plan
-from ambassador.status import port_owner, process_state
-from ambassador.watchdog import Watchdog
-from ambassador.worker import LOSSES, Handle
+from ambassador.system.processes import port_owner, process_state
+from ambassador.supervise.watchdog import Watchdog
+from ambassador.supervise.worker import LOSSES, WorkerProcess
 
 log = logging.getLogger(__name__)
 
 BIND_RETRY_S = 1.0
-STUCK_NURSERY_RETRY_S = 0.2
+STUCK_FORK_SERVER_RETRY_S = 0.2
 REPORT_S = 5.0
 """How often the counters are looked at for losses, so that each is in the log, and a flood is few lines."""
 
@@ -72,35 +76,35 @@ class Limits:
 
 
 @dataclass(slots=True)
-class _Leaver:
+class StoppingWorker:
     """A worker on its way out, and when patience ends."""
 
-    handle: Handle
+    handle: WorkerProcess
     kill_at: float
 
 
 class Supervisor:
     """Runs workers for what `desired` returns, which is asked again after each `wake`.
 
-    Owns `nursery`. `run` returns the exit code; it must be called from the main thread (signals).
+    Owns `fork_server`. `run` returns the exit code; it must be called from the main thread (signals).
     """
 
     def __init__(
-        self, nursery: Nursery, desired: Callable[[], DesiredState], limits: Limits
+        self, fork_server: ForkServer, desired: Callable[[], DesiredState], limits: Limits
     ) -> None:
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._desired = desired
         self._limits = limits
         self._posts: dict[Listener, Post] = {}
-        self._leavers: list[_Leaver] = []
-        self._unborn: deque[Handle] = deque()
+        self._stopping_workers: list[StoppingWorker] = []
+        self._pending: deque[WorkerProcess] = deque()
         self._problems: tuple[str, ...] = ()
         self._signals: deque[int] = deque()
         self._changed = True
         self._draining = False
         self._report_at = 0.0
         self._watchdog = Watchdog()
-        self._nursery_stopped_at: float | None = None
+        self._fork_server_stopped_at: float | None = None
         self._exit_code = 0
         # Every worker has the same to give up: the first that has done it speaks for all.
         self._sandbox_look: float | None = 0.0 if limits.sandbox is Sandbox.AUTO else None
@@ -110,7 +114,7 @@ class Supervisor:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
-        self._selector.register(nursery, selectors.EVENT_READ, self._hear_nursery)
+        self._selector.register(fork_server, selectors.EVENT_READ, self._receive_fork_server)
 
     # -- from other threads
 
@@ -137,24 +141,24 @@ class Supervisor:
             self._kill_stuck()
             self._report_losses()
             self._look_at_sandbox()
-        self._nursery.close()
+        self._fork_server.close()
         return self._exit_code
 
     def _finished(self) -> bool:
-        return self._draining and not self._leavers
+        return self._draining and not self._stopping_workers
 
     def _timeout(self) -> float | None:
         moments = [
-            max(seat.due, post.bind_at)
+            max(slot.due, post.bind_at)
             for post in self._posts.values()
-            for seat in post.seats
-            if seat.due is not None
+            for slot in post.slots
+            if slot.due is not None
         ]
-        moments += [leaver.kill_at for leaver in self._leavers]
+        moments += [stopping.kill_at for stopping in self._stopping_workers]
         if self._posts:
             moments.append(self._report_at)
-        if self._posts or self._leavers:
-            moments.append(self._watchdog.look_at)
+        if self._posts or self._stopping_workers:
+            moments.append(self._watchdog.next_check)
         if self._sandbox_look is not None and self._posts:
             moments.append(self._sandbox_look)
         if self._changed:
@@ -182,10 +186,10 @@ class Supervisor:
             number = self._signals.popleft()
             if number == signal.SIGCHLD:
                 _reap()
-                self._look_at_nursery()
+                self._check_fork_server()
             elif self._draining:
-                log.warning("told to stop again, not waiting for connections")
-                self._leave_now()
+                log.warning("second stop signal, closing connections now")
+                self._kill_now()
             else:
                 log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
                 self._drain()
@@ -194,11 +198,11 @@ class Supervisor:
         """Take no new work; workers finish what is open, up to the deadline."""
         self._draining = True
         for listener in list(self._posts):
-            self._dismiss(self._posts.pop(listener), self._limits.drain_ms)
+            self._stop_listener(self._posts.pop(listener), self._limits.drain_ms)
 
-    def _leave_now(self) -> None:
-        for leaver in self._leavers:
-            leaver.kill_at = 0.0
+    def _kill_now(self) -> None:
+        for stopping in self._stopping_workers:
+            stopping.kill_at = 0.0
 
     # -- desired state
 
@@ -224,13 +228,13 @@ class Supervisor:
                     log.info(
                         "no longer exposed, closing the listener", extra={"fields": post.fields()}
                     )
-                    self._dismiss(post, 0)
+                    self._stop_listener(post, 0)
 
     def _repoint(self, post: Post, action: Repoint) -> None:
         post.repoint(action.route)
         for worker in post.workers:
             self._await_pipe(worker)
-        message = "repointed" if action.route.backends else "no backend, holding new connections"
+        message = "backend changed" if action.route.backends else "no backend, holding new connections"
         log.info(message, extra={"fields": post.fields()})
 
     # -- starting
@@ -238,9 +242,9 @@ class Supervisor:
     def _start_due(self) -> None:
         now = time.monotonic()
         for post in self._posts.values():
-            for seat in post.seats:
-                if seat.due is not None and seat.due <= now and self._bound(post, now):
-                    self._fork_worker(post, seat, now)
+            for slot in post.slots:
+                if slot.due is not None and slot.due <= now and self._bound(post, now):
+                    self._fork_worker(post, slot, now)
 
     def _bound(self, post: Post, now: float) -> bool:
         if post.bound or post.bind_at > now:
@@ -260,7 +264,7 @@ class Supervisor:
         log.info("listening", extra={"fields": post.fields()})
         return True
 
-    def _fork_worker(self, post: Post, seat: Seat, now: float) -> None:
+    def _fork_worker(self, post: Post, slot: WorkerSlot, now: float) -> None:
         start = control.Start(
             post.listener,
             hold_ms=self._limits.hold_ms,
@@ -271,35 +275,35 @@ class Supervisor:
             half_close_ms=self._limits.half_close_ms,
             sandbox=self._limits.sandbox,
         )
-        handle, lent = post.prepare(seat, start)
-        seat.take(handle, now)
+        handle, passed_fds = post.prepare(slot, start)
+        slot.take(handle, now)
         try:
-            self._nursery.request(lent)
-        except BlockingIOError:  # the nursery is stopped or starved; it is asked again
-            seat.postpone(now + STUCK_NURSERY_RETRY_S)
+            self._fork_server.request(passed_fds)
+        except BlockingIOError:  # the fork server is stopped or starved; it is asked again
+            slot.retry_at(now + STUCK_FORK_SERVER_RETRY_S)
             return
-        except NurseryGone:
-            seat.lose(now)
-            self._replace_nursery()
+        except ForkServerGone:
+            slot.worker_exited(now)
+            self._replace_fork_server()
             return
-        self._unborn.append(handle)
+        self._pending.append(handle)
 
-    # -- the nursery, births and deaths
+    # -- the fork server, births and deaths
 
-    def _hear_nursery(self) -> None:
+    def _receive_fork_server(self) -> None:
         try:
-            while (message := self._nursery.receive()) is not None:
+            while (message := self._fork_server.receive()) is not None:
                 if isinstance(message, Forked):
-                    self._born(message)
+                    self._worker_started(message)
                 else:
                     self._exited(message)
-        except NurseryGone:
-            self._replace_nursery()
+        except ForkServerGone:
+            self._replace_fork_server()
 
-    def _born(self, message: Forked) -> None:
-        handle = self._unborn.popleft()
+    def _worker_started(self, message: Forked) -> None:
+        handle = self._pending.popleft()
         if message.pid > 0:
-            handle.born(message.pid, message.pidfd)
+            handle.started(message.pid, message.pidfd)
             self._await_pipe(handle)
             return
         reason = os.strerror(-message.pid)
@@ -308,55 +312,55 @@ class Supervisor:
     def _exited(self, message: Exited) -> None:
         for handle in self._handles():
             if handle.pid == message.pid:
-                if os.waitstatus_to_exitcode(message.status) == EXIT_UNCONFINED:
-                    self._refuse(sandbox.lacking(handle.sandbox))
+                if os.waitstatus_to_exitcode(message.status) == EXIT_NO_SANDBOX:
+                    self._refuse(sandbox.missing_steps(handle.sandbox))
                 self._ended(handle, _describe(message.status))
                 return
 
-    def _orphan_exited(self, handle: Handle) -> None:
-        """A worker whose nursery died before it: nobody can say how it ended."""
-        self._ended(handle, "ended after its nursery")
+    def _exited_unreaped(self, handle: WorkerProcess) -> None:
+        """A worker whose fork server died before it: nobody can say how it ended."""
+        self._ended(handle, "ended after its fork server")
 
-    def _handles(self) -> list[Handle]:
+    def _handles(self) -> list[WorkerProcess]:
         working = [worker for post in self._posts.values() for worker in post.workers]
-        return working + [leaver.handle for leaver in self._leavers]
+        return working + [stopping.handle for stopping in self._stopping_workers]
 
-    def _ended(self, handle: Handle, how: str) -> None:
+    def _ended(self, handle: WorkerProcess, how: str) -> None:
         self._forget(handle)
-        for leaver in self._leavers:
-            if leaver.handle is handle:
-                self._leavers.remove(leaver)
+        for stopping in self._stopping_workers:
+            if stopping.handle is handle:
+                self._stopping_workers.remove(stopping)
                 handle.close()
                 return
         post = self._posts[handle.listener]
         self._tell_losses(post, handle)
         was_degraded = post.degraded
-        delay = post.seat_of(handle).lose(time.monotonic())
+        delay = post.slot_of(handle).worker_exited(time.monotonic())
         fields = {"port": post.listener.port, "protocol": post.listener.protocol.value}
-        fields |= {"pid": handle.pid, "reason": how, "replaced_in": f"{delay:g}s"}
-        log.error("worker ended, replacing it", extra={"fields": fields})
+        fields |= {"pid": handle.pid, "reason": how, "restart_in": f"{delay:g}s"}
+        log.error("worker exited, restarting", extra={"fields": fields})
         if post.degraded and not was_degraded:
             log.error(
                 "workers keep dying, the port is degraded: clients wait for the next one",
                 extra={"fields": post.fields()},
             )
 
-    def _replace_nursery(self) -> None:
+    def _replace_fork_server(self) -> None:
         """Its workers go on. Those it still owed are asked of the new one, and pidfds tell of the rest."""
         log.error(
-            "the nursery ended, starting another", extra={"fields": {"pid": self._nursery.pid}}
+            "fork server exited, restarting", extra={"fields": {"pid": self._fork_server.pid}}
         )
-        self._selector.unregister(self._nursery)
-        self._nursery_stopped_at = None
-        self._nursery.close()
-        self._nursery = Nursery.launch()
-        self._selector.register(self._nursery, selectors.EVENT_READ, self._hear_nursery)
-        unborn, self._unborn = self._unborn, deque()
-        for handle in unborn:
+        self._selector.unregister(self._fork_server)
+        self._fork_server_stopped_at = None
+        self._fork_server.close()
+        self._fork_server = ForkServer.launch()
+        self._selector.register(self._fork_server, selectors.EVENT_READ, self._receive_fork_server)
+        pending_workers, self._pending = self._pending, deque()
+        for handle in pending_workers:
             self._ended(handle, "never born")
         for handle in self._handles():
             if handle.pidfd >= 0 and handle.pidfd not in self._selector.get_map():
-                heard = partial(self._orphan_exited, handle)
+                heard = partial(self._exited_unreaped, handle)
                 self._selector.register(handle.pidfd, selectors.EVENT_READ, heard)
 
     # -- the sandbox
@@ -372,30 +376,30 @@ class Supervisor:
             self._sandbox_wait = min(self._sandbox_wait * 2, SANDBOX_LOOK_LAST_S)
             return
         self._sandbox_look = None
-        if lacking := sandbox.lacking(word):
-            fields = {"lacking": ",".join(lacking)}
+        if missing_steps := sandbox.missing_steps(word):
+            fields = {"lacking": ",".join(missing_steps)}
             log.warning(
                 "workers run without all of their sandbox: %s",
-                sandbox.advice(lacking),
+                sandbox.advice(missing_steps),
                 extra={"fields": fields},
             )
 
-    def _refuse(self, lacking: tuple[str, ...]) -> None:
+    def _refuse(self, missing_steps: tuple[str, ...]) -> None:
         """A worker cannot give up all that -sandbox required asks for, and so none can: the end."""
         if self._exit_code:
             return
         self._exit_code = 1
         log.error(
             "the sandbox is required and cannot be had: %s; or use -sandbox auto",
-            sandbox.advice(lacking),
-            extra={"fields": {"lacking": ",".join(lacking)}},
+            sandbox.advice(missing_steps),
+            extra={"fields": {"lacking": ",".join(missing_steps)}},
         )
         if not self._draining:
             self._drain()
 
     # -- control pipes
 
-    def _await_pipe(self, handle: Handle | None) -> None:
+    def _await_pipe(self, handle: WorkerProcess | None) -> None:
         """Wait for room in its pipe, if something did not fit."""
         if handle is None or handle.blocked_on < 0:
             return
@@ -404,13 +408,13 @@ class Supervisor:
                 handle.blocked_on, selectors.EVENT_WRITE, partial(self._flush, handle)
             )
 
-    def _flush(self, handle: Handle) -> None:
+    def _flush(self, handle: WorkerProcess) -> None:
         waited_on = handle.blocked_on
         handle.flush()
         if handle.blocked_on < 0:
             self._selector.unregister(waited_on)
 
-    def _forget(self, handle: Handle) -> None:
+    def _forget(self, handle: WorkerProcess) -> None:
         for fd in (handle.blocked_on, handle.pidfd):
             if fd >= 0 and fd in self._selector.get_map():
                 self._selector.unregister(fd)
@@ -429,20 +433,20 @@ class Supervisor:
                 self._tell_recovery(post, now)
 
     def _tell_recovery(self, post: Post, now: float) -> None:
-        for seat in post.seats:
-            seat.recover(now)
+        for slot in post.slots:
+            slot.recover(now)
         if not post.degraded:
             log.info(
                 "workers live again, the port is not degraded", extra={"fields": post.fields()}
             )
 
-    def _tell_losses(self, post: Post, worker: Handle) -> None:
+    def _tell_losses(self, post: Post, worker: WorkerProcess) -> None:
         for name, count in worker.losses().items():
             log.warning("%s", LOSSES[name], extra={"fields": post.fields() | {"count": count}})
 
     # -- ending
 
-    def _dismiss(self, post: Post, deadline_ms: int) -> None:
+    def _stop_listener(self, post: Post, deadline_ms: int) -> None:
         """Close the port and let its workers go within `deadline_ms`."""
         post.close()
         kill_at = time.monotonic() + deadline_ms / 1000 + KILL_GRACE_S
@@ -450,52 +454,52 @@ class Supervisor:
             self._tell_losses(post, worker)
             worker.drain(deadline_ms)
             self._await_pipe(worker)
-            self._leavers.append(_Leaver(worker, kill_at))
+            self._stopping_workers.append(StoppingWorker(worker, kill_at))
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
-        for leaver in self._leavers:
-            if leaver.kill_at <= now:
-                leaver.handle.kill()
-                leaver.kill_at = now + KILL_GRACE_S
+        for stopping in self._stopping_workers:
+            if stopping.kill_at <= now:
+                stopping.handle.kill()
+                stopping.kill_at = now + KILL_GRACE_S
 
     # -- what does not answer
 
-    def _look_at_nursery(self) -> None:
+    def _check_fork_server(self) -> None:
         """SIGCHLD: it may have been stopped, or set going again."""
-        if not self._nursery.stopped:
-            self._nursery_stopped_at = None
-        elif self._nursery_stopped_at is None:
-            self._nursery_stopped_at = time.monotonic()
+        if not self._fork_server.stopped:
+            self._fork_server_stopped_at = None
+        elif self._fork_server_stopped_at is None:
+            self._fork_server_stopped_at = time.monotonic()
 
     def _kill_stuck(self) -> None:
-        """Workers that do not turn, and a stopped nursery; word of their end comes as that of any other."""
+        """Workers that do not turn, and a stopped fork server; word of their end comes as that of any other."""
         now = time.monotonic()
-        if not self._watchdog.begin(now):
+        if not self._watchdog.start_check(now):
             return
         for post in self._posts.values():
             for worker in post.workers:
-                if worker.pid and not worker.doomed:
-                    self._judge(post, worker, now)
-        stopped_at = self._nursery_stopped_at
+                if worker.pid and not worker.kill_sent:
+                    self._check_worker(post, worker, now)
+        stopped_at = self._fork_server_stopped_at
         if stopped_at is None:
             return
         if self._watchdog.is_stuck(stopped_at, lambda: ProcessState.WAITING):
-            fields = {"pid": self._nursery.pid}
-            log.error("the nursery is stopped, killing it", extra={"fields": fields})
-            self._nursery.kill()
-            self._nursery_stopped_at = None
+            fields = {"pid": self._fork_server.pid}
+            log.error("fork server stopped, killing it", extra={"fields": fields})
+            self._fork_server.kill()
+            self._fork_server_stopped_at = None
 
-    def _judge(self, post: Post, worker: Handle, now: float) -> None:
-        if self._watchdog.is_stuck(worker.alive_at, partial(process_state, worker.pid)):
-            fields = {"pid": worker.pid, "silent_for": f"{now - worker.alive_at:.1f}s"}
-            log.error("a worker is stuck, killing it", extra={"fields": post.fields() | fields})
-            worker.doomed = True
+    def _check_worker(self, post: Post, worker: WorkerProcess, now: float) -> None:
+        if self._watchdog.is_stuck(worker.last_heartbeat, partial(process_state, worker.pid)):
+            fields = {"pid": worker.pid, "silent_s": f"{now - worker.last_heartbeat:.1f}s"}
+            log.error("worker not responding, killing it", extra={"fields": post.fields() | fields})
+            worker.kill_sent = True
             worker.kill()
 
 
 def _reap() -> None:
-    """Bury children: the nursery, and as PID 1 whatever else was left to us."""
+    """Bury children: the fork server, and as PID 1 whatever else was left to us."""
     try:
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass

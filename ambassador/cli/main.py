@@ -1,6 +1,6 @@
 """The command: reads the options, wires the objects and runs them. The only composition root.
 
-The order matters. The nursery is forked before anything heavy is imported and before any thread exists;
+The order matters. The fork server is forked before anything heavy is imported and before any thread exists;
 that is why the imports of what only the parent needs stand inside functions.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ambassador import __version__
-from ambassador.nursery import Nursery
-from ambassador.options import (
+from ambassador.supervise.forkserver import ForkServer
+from ambassador.cli.arguments import (
     Command,
     ConfigError,
     MissingName,
@@ -24,10 +24,10 @@ from ambassador.options import (
     check_tls_files,
     parse_options,
 )
-from ambassador.titles import PROGRAM, set_title
+from ambassador.system.titles import PROGRAM, set_title
 
 if TYPE_CHECKING:
-    from ambassador.supervisor import Limits
+    from ambassador.supervise.supervisor import Limits
 
 LOG_FLUSH_S = 0.3
 """What standard error gets to take the last lines."""
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     descriptors = _raise_descriptor_limit()
-    nursery = Nursery.fork()
-    return _run(options, nursery, descriptors)
+    fork_server = ForkServer.fork()
+    return _run(options, fork_server, descriptors)
 
 
 def _raise_descriptor_limit() -> int:
@@ -80,11 +80,11 @@ def port_limits(asked: int, workers: int, descriptors: int) -> tuple[int, int]:
     return connections, sessions
 
 
-def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
-    import logging  # noqa: PLC0415 - after the fork, as all that the nursery has no use for
+def _run(options: Options, fork_server: ForkServer, descriptors: int) -> int:
+    import logging  # noqa: PLC0415 - after the fork, as all that the fork server has no use for
 
-    from ambassador import logs  # noqa: PLC0415
-    from ambassador.supervisor import Limits  # noqa: PLC0415
+    from ambassador.system import logs  # noqa: PLC0415
+    from ambassador.supervise.supervisor import Limits  # noqa: PLC0415
 
     lines = logs.setup(options.log_level)
     log = logging.getLogger(__name__)
@@ -110,36 +110,36 @@ def _run(options: Options, nursery: Nursery, descriptors: int) -> int:
     log.info("each port can hold", extra={"fields": held})
     try:
         if options.command is Command.RELAY:
-            return _relay(options, nursery, limits)
-        return _follow(options, nursery, limits)
+            return _relay(options, fork_server, limits)
+        return _follow(options, fork_server, limits)
     finally:
         lines.close(LOG_FLUSH_S)
 
 
-def _relay(options: Options, nursery: Nursery, limits: Limits) -> int:
+def _relay(options: Options, fork_server: ForkServer, limits: Limits) -> int:
     """To fixed addresses, with no Docker at all."""
     from ambassador.model import DesiredState  # noqa: PLC0415
-    from ambassador.supervisor import Supervisor  # noqa: PLC0415
+    from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
 
     set_title("relay")
     desired = DesiredState({route.listener: route for route in options.routes})
-    return Supervisor(nursery, lambda: desired, limits).run()
+    return Supervisor(fork_server, lambda: desired, limits).run()
 
 
-def _follow(options: Options, nursery: Nursery, limits: Limits) -> int:
+def _follow(options: Options, fork_server: ForkServer, limits: Limits) -> int:
     """Follow containers through the Docker Engine."""
     import logging  # noqa: PLC0415
 
-    from ambassador.discovery import Discovery, connect_engine  # noqa: PLC0415
-    from ambassador.reconcile import desire  # noqa: PLC0415
-    from ambassador.supervisor import Supervisor  # noqa: PLC0415
+    from ambassador.discovery.docker_source import DockerSource, connect_engine  # noqa: PLC0415
+    from ambassador.reconcile import merge  # noqa: PLC0415
+    from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
 
     set_title(f"following {', '.join(options.targets)}")
     log = logging.getLogger(__name__)
     for warning in options.warnings:
         log.warning("%s", warning)
-    supervisor = Supervisor(nursery, lambda: desire(discovery.states()), limits)
-    discovery = Discovery(
+    supervisor = Supervisor(fork_server, lambda: merge(discovery.states()), limits)
+    discovery = DockerSource(
         lambda: connect_engine(options.docker_host, tls=options.tls),
         options.targets,
         network=options.network,

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ambassador.goflags import (
+from ambassador.cli.goflags import (
     Flag,
     FlagError,
     HelpRequested,
@@ -40,7 +40,9 @@ from ambassador.goflags import (
     quote,
     usage,
 )
-from ambassador.model import Backend, Listener, Protocol, Route, Sandbox
+from ambassador.model import Backend, Listener, Route
+from ambassador.values import Protocol
+from ambassador.options import Sandbox
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 MAX_DURATION_MS = 1000 * 3_600_000

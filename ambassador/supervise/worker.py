@@ -25,7 +25,8 @@ from ambassador._worker import (
     SANDBOX_WORD,
 )
 from ambassador.control import Drain, Record, Repoint, Start, pack
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 COUNTERS = {Protocol.TCP: _splice.COUNTERS, Protocol.UDP: _datagram.COUNTERS}
 _COMMON_COUNTERS = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
@@ -47,18 +48,18 @@ LOSSES = {
 """Counters that somebody should hear of when they rise, and what they count."""
 
 
-def make_counters(seats: int) -> int:
+def make_counters(slots: int) -> int:
     """The file of a listener's counters, a page to each of its workers; the caller owns it."""
     fd = os.memfd_create("counters", os.MFD_CLOEXEC)
-    os.ftruncate(fd, seats * COUNTERS_BYTES)
+    os.ftruncate(fd, slots * COUNTERS_BYTES)
     return fd
 
 
-class Handle:
+class WorkerProcess:
     """A worker as the parent sees it, from the request to fork it until it is reaped.
 
-    `pid` is 0 until the nursery has answered. `close` gives up the descriptors, which a live worker
-    takes as the end of its parent; `kill` is for one that does not listen. `doomed` says that it was killed
+    `pid` is 0 until the fork server has answered. `close` gives up the descriptors, which a live worker
+    takes as the end of its parent; `kill` is for one that does not listen. `kill_sent` says that it was killed
     for being stuck.
     """
 
@@ -67,35 +68,35 @@ class Handle:
         self.listener: Listener = start.listener
         self.pid = 0
         self.draining = False
-        self.doomed = False
-        self._born_at = 0.0
+        self.kill_sent = False
+        self._started_at = 0.0
         self._pidfd = -1
-        self._counters_fd = make_counters(start.seats) if counters is None else os.dup(counters)
-        self._pages = mmap.mmap(self._counters_fd, start.seats * COUNTERS_BYTES)
-        begin = start.seat * COUNTERS_BYTES
+        self._counters_fd = make_counters(start.slots) if counters is None else os.dup(counters)
+        self._pages = mmap.mmap(self._counters_fd, start.slots * COUNTERS_BYTES)
+        begin = start.slot * COUNTERS_BYTES
         self._page = memoryview(self._pages)[begin : begin + COUNTERS_BYTES]
         self._words = self._page.cast("Q")
         self._clear()
         self._control_read, self._control_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._control_write, False)
-        self._unsent = bytearray()
-        self._next: Repoint | None = None
+        self._outgoing = bytearray()
+        self._latest_update: Repoint | None = None
         self._known_losses: dict[str, int] = {}
         self._enqueue(start)
         self.repoint(repoint)
 
-    def lend(self, listener_fd: int) -> tuple[int, int, int]:
-        """The descriptors that the nursery gives to the child, in the order of `main`."""
+    def passed_fds(self, listener_fd: int) -> tuple[int, int, int]:
+        """The descriptors that the fork server gives to the child, in the order of `main`."""
         return listener_fd, self._control_read, self._counters_fd
 
-    def born(self, pid: int, pidfd: int) -> None:
-        """The nursery has forked it. Owns `pidfd` from here."""
-        self.pid, self._pidfd, self._born_at = pid, pidfd, time.monotonic()
-        self._forget_lent()
+    def started(self, pid: int, pidfd: int) -> None:
+        """The fork server has forked it. Owns `pidfd` from here."""
+        self.pid, self._pidfd, self._started_at = pid, pidfd, time.monotonic()
+        self._close_passed()
 
     def repoint(self, record: Repoint) -> None:
         """Tell it the newest list of backends; a list that is still waiting is superseded."""
-        self._next = record
+        self._latest_update = record
         self.flush()
 
     def drain(self, deadline_ms: int) -> None:
@@ -106,23 +107,23 @@ class Handle:
     def flush(self) -> None:
         """Write what the pipe takes now. A dead worker's pipe takes everything: its end comes by pidfd."""
         while True:
-            if not self._unsent:
-                if self._next is None:
+            if not self._outgoing:
+                if self._latest_update is None:
                     return
-                self._enqueue(self._next)
-                self._next = None
+                self._enqueue(self._latest_update)
+                self._latest_update = None
             try:
-                written = os.write(self._control_write, self._unsent)
+                written = os.write(self._control_write, self._outgoing)
             except BlockingIOError:
                 return
             except BrokenPipeError:
-                written = len(self._unsent)
-            del self._unsent[:written]
+                written = len(self._outgoing)
+            del self._outgoing[:written]
 
     @property
     def blocked_on(self) -> int:
         """The descriptor to wait on for writing, or -1 when nothing waits to be written."""
-        return self._control_write if self._unsent or self._next else -1
+        return self._control_write if self._outgoing or self._latest_update else -1
 
     @property
     def pidfd(self) -> int:
@@ -157,9 +158,9 @@ class Handle:
         return risen
 
     @property
-    def alive_at(self) -> float:
+    def last_heartbeat(self) -> float:
         """Its latest sign of life, by time.monotonic(): a turn of its loop, or its birth."""
-        return max(self._words[HEARTBEAT_WORD] / 1000, self._born_at)
+        return max(self._words[HEARTBEAT_WORD] / 1000, self._started_at)
 
     @property
     def sandbox(self) -> int:
@@ -167,7 +168,7 @@ class Handle:
         return self._words[SANDBOX_WORD]
 
     def close(self) -> None:
-        self._forget_lent()
+        self._close_passed()
         self._clear()
         self._words.release()
         self._page.release()
@@ -182,9 +183,9 @@ class Handle:
         self._page[:] = bytes(COUNTERS_BYTES)
 
     def _enqueue(self, record: Record) -> None:
-        self._unsent += pack(record)
+        self._outgoing += pack(record)
 
-    def _forget_lent(self) -> None:
+    def _close_passed(self) -> None:
         if self._control_read >= 0:
             os.close(self._control_read)
             os.close(self._counters_fd)

@@ -1,0 +1,1 @@
+"""The command line: reads it, wires the objects, runs them."""

@@ -1,0 +1,1 @@
+"""What Docker says of the targets, as TargetState values."""

@@ -1,0 +1,1 @@
+"""How to reach and ask a Docker Engine."""
