@@ -1,23 +1,18 @@
-"""Takes control records apart (compiled from _wire.pyx)."""
+"""Takes control records off a worker's stream (compiled from _control.pyx)."""
 
 from typing import Final
 
 VERSION: Final[int]
 START: Final[int]
-REPOINT: Final[int]
+UPDATE: Final[int]
 DRAIN: Final[int]
 MAX_PAYLOAD: Final[int]
 MAX_BACKENDS: Final[int]
+MAX_RULES: Final[int]
 MAX_SLOTS: Final[int]
 TCP: Final[int]
 UDP: Final[int]
-GSO: Final[int]
 SANDBOX: Final[int]
 SANDBOX_REQUIRED: Final[int]
 
-StartNumbers = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
-Backends = list[tuple[bytes, int, int, int]]
-
-def take(
-    stream: bytearray,
-) -> tuple[int, int, StartNumbers | tuple[Backends, str] | int] | None: ...
+def next_record(stream: bytearray) -> tuple[int, int, bytes] | None: ...

@@ -41,29 +41,29 @@ Sources: udp(7), ip(7), ipv6(7), recvmmsg(2), sendmmsg(2); net/ipv4/udp.c for wh
 
 import os
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from ambassador._common cimport (
-    HEARTBEAT_MS,
-    COUNTER_BACKENDS,
-    COUNTER_GENERATION,
-    COUNTER_HEARTBEAT,
-    COUNTER_OWN,
-    COUNTER_VERSION,
-    COUNTERS_VERSION,
+from ambassador._access cimport access_replace, access_t
+from ambassador._backends cimport (
     address_t,
     backend_t,
     backends_have,
     backends_next,
     backends_replace,
     backends_t,
+)
+from ambassador._counters cimport (
+    COUNTER_BACKENDS,
+    COUNTER_GENERATION,
+    COUNTER_HEARTBEAT,
+    COUNTER_OWN,
+    COUNTER_VERSION,
+    COUNTERS_VERSION,
     counters_map,
     counters_unmap,
-    monotonic_ms,
-    pages_map,
-    watch,
 )
 from ambassador._linux cimport (
     AF_INET6,
@@ -126,11 +126,22 @@ from ambassador._linux cimport (
     socket,
     socklen_t,
 )
+from ambassador._loop cimport (
+    HEARTBEAT_MS,
+    REASON_CONTROL,
+    REASON_DRAINED,
+    epoll_add,
+    monotonic_ms,
+    pages_map,
+)
+from ambassador._options cimport GSO, HOLD, MAX_SESSIONS, UDP_TIMEOUT, options_t
+from ambassador._record cimport update_read, update_view_t
 from ambassador._slab cimport slabs_free, slabs_give, slabs_init, slabs_t, slabs_take
 
 # ---------------------------------------------------------------------------------------------- limits
 
 cdef enum:
+    BUCKETS = 1 << 16  # of the session table; pages that no session is in take no memory
     BATCH = 32  # messages of one recvmmsg; with GRO each may be a run of many datagrams
     BUFFER_BYTES = 65536  # of one message: the largest datagram, or the longest run
     CONTROL_BYTES = 128  # room for one packet-info, one hop-limit and one segment-size header
@@ -168,12 +179,8 @@ cdef enum:  # epoll_event.data where it is no session
     EVENT_LISTENER = 0
     EVENT_CONTROL = 1
 
-cdef enum:  # why the loop returned to Python
-    REASON_CONTROL = 1
-    REASON_DRAINED = 2
-
 cdef enum:  # words of the counters page; datagrams unless they say bytes
-    SESSIONS_CREATED = COUNTER_OWN
+    SESSIONS_CREATED = 0
     SESSIONS_ACTIVE
     SESSIONS_EXPIRED
     SESSIONS_EVICTED
@@ -198,14 +205,6 @@ cdef enum:  # words of the counters page; datagrams unless they say bytes
     MESSAGES_TO_CLIENT
     COUNTERS_END
 
-COUNTERS = (
-    "sessions_created", "sessions_active", "sessions_expired", "sessions_evicted",
-    "received_from_client", "received_from_backend", "sent_to_backend", "sent_to_client",
-    "bytes_from_client", "bytes_from_backend", "bytes_to_backend", "bytes_to_client",
-    "dropped_truncated", "dropped_send_to_backend", "dropped_send_to_client", "dropped_no_backend",
-    "dropped_no_session", "dropped_looped", "refused", "queued", "gso_refused", "messages_to_backend",
-    "messages_to_client",
-)
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
 
@@ -233,7 +232,7 @@ cdef struct session_t:
     address_t client
     socklen_t client_length
     int fd  # connected to the backend; -1 until there is something to send to one
-    uint64_t identity  # of the backend that fd is connected to
+    uint64_t backend  # id of the one that fd is connected to
     int64_t seen  # ms, the latest traffic either way
     uint16_t whole_limit[2]  # per direction: runs of segments this large were refused; 0: none were
     uint8_t flags
@@ -283,13 +282,11 @@ cdef struct relay_t:
     reads_t reads  # of the listener
     uint32_t turn
     bint crowded  # more sockets may be ready than this turn was told of
-    uint32_t slot
-    uint32_t slots
-    uint32_t hold_ms
-    uint32_t idle_ms
-    uint32_t max_sessions
-    bint gso
-    uint64_t *counters
+    options_t option
+    access_t access
+    uint64_t *page  # shared with the parent; written, never read
+    uint64_t tally[COUNTERS_END]
+    bint updated  # an update has been applied
     uint64_t seed  # of the hash, so that nobody can choose addresses that collide
     uint32_t mask
     session_t **buckets
@@ -361,7 +358,7 @@ cdef void outbox_add(
     """`data` holds datagrams of `segment` bytes, the last one maybe shorter; it must live until the flush."""
     cdef outbox_t *box = relay.outbox
     cdef uint32_t segments = 1, start = 0, size
-    cdef bint whole = relay.gso and (session.whole_limit[d] == 0 or segment < session.whole_limit[d])
+    cdef bint whole = relay.option[GSO] and (session.whole_limit[d] == 0 or segment < session.whole_limit[d])
     if segment and segment < length:
         segments = (length + segment - 1) // segment
     else:
@@ -438,11 +435,11 @@ cdef void outbox_split(relay_t *relay, int fd, uint32_t place, int d) noexcept n
             piece.iov_len = min(<size_t>box.segment[place], run[i].iov_len - start)
             start += piece.iov_len
             if sendmsg(fd, &header, MSG_DONTWAIT) < 0:
-                relay.counters[DROPPED_SEND_TO_BACKEND + d] += 1
+                relay.tally[DROPPED_SEND_TO_BACKEND + d] += 1
             else:
-                relay.counters[SENT_TO_BACKEND + d] += 1
-                relay.counters[BYTES_TO_BACKEND + d] += piece.iov_len
-                relay.counters[MESSAGES_TO_BACKEND + d] += 1
+                relay.tally[SENT_TO_BACKEND + d] += 1
+                relay.tally[BYTES_TO_BACKEND + d] += piece.iov_len
+                relay.tally[MESSAGES_TO_BACKEND + d] += 1
 
 
 cdef inline int outbox_send(outbox_t *box, int fd, uint32_t place, int d) noexcept nogil:
@@ -469,24 +466,24 @@ cdef void outbox_flush(relay_t *relay, int d) noexcept nogil:
         sent = outbox_send(box, fd, place, d)
         if sent > 0:
             for i in range(place, place + sent):
-                relay.counters[SENT_TO_BACKEND + d] += box.segments[i]
-                relay.counters[BYTES_TO_BACKEND + d] += box.bytes[i]
-            relay.counters[MESSAGES_TO_BACKEND + d] += sent
+                relay.tally[SENT_TO_BACKEND + d] += box.segments[i]
+                relay.tally[BYTES_TO_BACKEND + d] += box.bytes[i]
+            relay.tally[MESSAGES_TO_BACKEND + d] += sent
             place += sent
             retried = False
         elif errno == EINTR:
             continue
         elif (errno == ECONNREFUSED or (errno == EMSGSIZE and box.segments[place] == 1)) and not retried:
             # ICMP's answer to an earlier datagram, maybe, and not to this one.
-            relay.counters[REFUSED] += errno == ECONNREFUSED
+            relay.tally[REFUSED] += errno == ECONNREFUSED
             retried = True
         elif box.segments[place] > 1 and (errno == EINVAL or errno == EIO or errno == EMSGSIZE):
-            relay.counters[GSO_REFUSED] += 1
+            relay.tally[GSO_REFUSED] += 1
             box.sessions[place].whole_limit[d] = box.segment[place]
             outbox_split(relay, fd, place, d)
             place += 1
         else:
-            relay.counters[DROPPED_SEND_TO_BACKEND + d] += box.segments[place]
+            relay.tally[DROPPED_SEND_TO_BACKEND + d] += box.segments[place]
             place += 1
             retried = False
     outbox_clear(box)
@@ -525,7 +522,7 @@ cdef int inbox_receive(relay_t *relay, int fd, reads_t *reads) noexcept nogil:
         if got >= 0 or errno != EINTR:
             break
     if got < 0 and errno == ECONNREFUSED:
-        relay.counters[REFUSED] += 1
+        relay.tally[REFUSED] += 1
     if got <= 0:
         return 0
     box.spent = relay.inbox_used + got
@@ -614,17 +611,17 @@ cdef void session_dequeue(relay_t *relay, session_t *session, int counter) noexc
     """Let go of the oldest that is queued, and count it: as `counter` says, unless it went ahead."""
     cdef queued_t *item = session.queue_head
     if item.gone_ahead:
-        relay.counters[SENT_TO_BACKEND] += 1
-        relay.counters[BYTES_TO_BACKEND] += item.length
-        relay.counters[MESSAGES_TO_BACKEND] += 1
+        relay.tally[SENT_TO_BACKEND] += 1
+        relay.tally[BYTES_TO_BACKEND] += item.length
+        relay.tally[MESSAGES_TO_BACKEND] += 1
     elif counter:
-        relay.counters[counter] += 1
+        relay.tally[counter] += 1
     session.queue_head = item.next
     if session.queue_head == NULL:
         session.queue_tail = NULL
     session.queue_length -= 1
     relay.queued_bytes -= item.length
-    relay.counters[QUEUED_NOW] -= 1
+    relay.tally[QUEUED_NOW] -= 1
     free(item)
 
 
@@ -650,8 +647,8 @@ cdef void session_end(relay_t *relay, session_t *session, int counter) noexcept 
     session.flags |= ENDED
     session.touched = relay.ended
     relay.ended = session
-    relay.counters[SESSIONS_ACTIVE] -= 1
-    relay.counters[counter] += 1
+    relay.tally[SESSIONS_ACTIVE] -= 1
+    relay.tally[counter] += 1
 
 
 cdef bint session_evict(relay_t *relay, session_t *spared) noexcept nogil:
@@ -676,7 +673,7 @@ cdef session_t *session_find(relay_t *relay, key_t *key, address_t *client, sock
         if memcmp(&session.key, key, sizeof(key_t)) == 0:
             return session
         session = session.chain
-    if relay.counters[SESSIONS_ACTIVE] >= relay.max_sessions and not session_evict(relay, NULL):
+    if relay.tally[SESSIONS_ACTIVE] >= <uint64_t>relay.option[MAX_SESSIONS] and not session_evict(relay, NULL):
         return NULL
     session = <session_t *>slabs_take(&relay.memory)
     if session == NULL:
@@ -689,8 +686,8 @@ cdef session_t *session_find(relay_t *relay, key_t *key, address_t *client, sock
     session.chain = bucket[0]
     bucket[0] = session
     class_add(relay, session)
-    relay.counters[SESSIONS_CREATED] += 1
-    relay.counters[SESSIONS_ACTIVE] += 1
+    relay.tally[SESSIONS_CREATED] += 1
+    relay.tally[SESSIONS_ACTIVE] += 1
     return session
 
 
@@ -698,7 +695,7 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
     """Give it a socket that is connected to the next backend. False where there is none or it fails."""
     cdef backend_t *backend
     cdef int on = 1, bytes = SOCKET_BUFFER, hops = session.hops, fd
-    if relay.backends.count == 0:
+    if relay.backends.total_weight == 0:
         return False
     backend = backends_next(&relay.backends)
     fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
@@ -708,7 +705,7 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
         return False
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes))
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
-    if relay.gso:
+    if relay.option[GSO]:
         setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on))
     if backend.address.v4.sin_family == AF_INET6:
         setsockopt(fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS, &hops, sizeof(hops))
@@ -716,19 +713,19 @@ cdef bint session_dial(relay_t *relay, session_t *session) noexcept nogil:
         setsockopt(fd, IPPROTO_IP, IP_TTL, &hops, sizeof(hops))
     if (
         connect(fd, <sockaddr *>&backend.address, backend.length) < 0
-        or watch(relay.epoll, fd, EPOLLIN, <uintptr_t>session) < 0
+        or epoll_add(relay.epoll, fd, EPOLLIN, <uintptr_t>session) < 0
     ):
         close(fd)
         return False
     session.fd = fd
-    session.identity = backend.identity
+    session.backend = backend.id
     session.whole_limit[TO_BACKEND] = 0
     return True
 
 
 cdef void session_age_queue(relay_t *relay, session_t *session) noexcept nogil:
     """Drop what has waited too long."""
-    cdef int64_t oldest = relay.now - min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    cdef int64_t oldest = relay.now - min(<int64_t>relay.option[HOLD], <int64_t>QUEUE_MS)
     while session.queue_head != NULL and session.queue_head.since < oldest:
         session_dequeue(relay, session, DROPPED_NO_BACKEND)
 
@@ -738,13 +735,13 @@ cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t
     cdef queued_t *item = NULL
     session_age_queue(relay, session)
     if (
-        relay.hold_ms
+        relay.option[HOLD]
         and session.queue_length < QUEUE_DATAGRAMS
         and relay.queued_bytes + length <= QUEUE_BYTES
     ):
         item = <queued_t *>malloc(sizeof(queued_t) + length)
     if item == NULL:
-        relay.counters[DROPPED_NO_BACKEND] += 1
+        relay.tally[DROPPED_NO_BACKEND] += 1
         return
     item.next = NULL
     item.since = relay.now
@@ -758,7 +755,7 @@ cdef void session_queue(relay_t *relay, session_t *session, char *data, uint32_t
     session.queue_tail = item
     session.queue_length += 1
     relay.queued_bytes += length
-    relay.counters[QUEUED_NOW] += 1
+    relay.tally[QUEUED_NOW] += 1
 
 
 cdef void session_release(relay_t *relay, session_t *session) noexcept nogil:
@@ -787,7 +784,7 @@ cdef void trial_begin(relay_t *relay, session_t *session) noexcept nogil:
         return
     sent = send(session.fd, item.data, item.length, MSG_DONTWAIT)
     if sent < 0 and errno == ECONNREFUSED:  # ICMP's answer to an earlier one
-        relay.counters[REFUSED] += 1
+        relay.tally[REFUSED] += 1
         sent = send(session.fd, item.data, item.length, MSG_DONTWAIT)
     item.gone_ahead = sent >= 0
     relay.trial = session
@@ -824,12 +821,12 @@ cdef void try_backend(relay_t *relay) noexcept nogil:
     """What is due of the trial: it passed in silence, it is over for good, or another begins."""
     cdef session_t *session
     cdef int i
-    if not relay.unsure_until or relay.backends.count == 0:
+    if not relay.unsure_until or relay.backends.total_weight == 0:
         return
     if relay.unsure_until <= relay.now or (relay.trial != NULL and relay.trial_at <= relay.now):
         trial_passed(relay)
         return
-    if relay.trial != NULL or relay.trial_at > relay.now or relay.counters[QUEUED_NOW] == 0:
+    if relay.trial != NULL or relay.trial_at > relay.now or relay.tally[QUEUED_NOW] == 0:
         return
     for i in range(CLASSES):
         session = relay.classes[i].oldest
@@ -852,7 +849,7 @@ cdef void session_keep(
             session_queue(relay, session, data + start, min(segment, length - start))
             start += segment
     if relay.unsure_until and relay.trial == NULL and relay.trial_at <= relay.now:
-        if session.queue_head != NULL and relay.backends.count:
+        if session.queue_head != NULL and relay.backends.total_weight:
             trial_begin(relay, session)
 
 
@@ -871,11 +868,11 @@ cdef void session_forward(relay_t *relay, session_t *session) noexcept nogil:
         # No refusal so far, and no room to wait for one: better too early than not at all.
         if relay.unsure_until and relay.trial != NULL and session.queue_length + count > QUEUE_DATAGRAMS:
             trial_passed(relay)
-        if relay.unsure_until or relay.backends.count == 0:
+        if relay.unsure_until or relay.backends.total_weight == 0:
             session_keep(relay, session, <char *>box.iov[i].iov_base, length, segment)
             continue
         if session.fd < 0 and not session_dial(relay, session):
-            relay.counters[DROPPED_NO_SESSION] += count
+            relay.tally[DROPPED_NO_SESSION] += count
             continue
         if session.queue_head != NULL:
             session_release(relay, session)
@@ -901,10 +898,10 @@ cdef void session_receive(relay_t *relay, session_t *session) noexcept nogil:
         length = box.messages[i].msg_len
         segment = message_segment(&box.messages[i].msg_hdr, NULL, NULL)
         count = message_datagrams(length, segment)
-        relay.counters[RECEIVED_FROM_BACKEND] += count
-        relay.counters[BYTES_FROM_BACKEND] += length
+        relay.tally[RECEIVED_FROM_BACKEND] += count
+        relay.tally[BYTES_FROM_BACKEND] += length
         if box.messages[i].msg_hdr.msg_flags & MSG_TRUNC:
-            relay.counters[DROPPED_TRUNCATED] += count
+            relay.tally[DROPPED_TRUNCATED] += count
         else:
             outbox_add(relay, session, TO_CLIENT, box.iov[i].iov_base, length, segment)
     relay.inbox_used += got
@@ -934,10 +931,10 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
         hops = HOPS + 1
         segment = message_segment(&box.messages[i].msg_hdr, &key, &hops)
         count = message_datagrams(box.messages[i].msg_len, segment)
-        relay.counters[RECEIVED_FROM_CLIENT] += count
-        relay.counters[BYTES_FROM_CLIENT] += box.messages[i].msg_len
+        relay.tally[RECEIVED_FROM_CLIENT] += count
+        relay.tally[BYTES_FROM_CLIENT] += box.messages[i].msg_len
         if box.messages[i].msg_hdr.msg_flags & MSG_TRUNC:
-            relay.counters[DROPPED_TRUNCATED] += count
+            relay.tally[DROPPED_TRUNCATED] += count
             continue
         if box.names[i].v6.sin6_family == AF_INET6:
             memcpy(key.client, &box.names[i].v6.sin6_addr, 16)
@@ -947,13 +944,13 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
             memcpy(key.client, &box.names[i].v4.sin_addr, 4)
             key.port = box.names[i].v4.sin_port
         if hops <= 1:
-            relay.counters[DROPPED_LOOPED] += count
+            relay.tally[DROPPED_LOOPED] += count
             continue
         session = session_find(relay, &key, &box.names[i], box.messages[i].msg_hdr.msg_namelen)
         if session != NULL and session.fd < 0:
             session.hops = <uint8_t>min(hops - 1, <int>HOPS)
         if session == NULL:
-            relay.counters[DROPPED_NO_SESSION] += count
+            relay.tally[DROPPED_NO_SESSION] += count
             continue
         box.following[i] = 0
         if session.first:
@@ -973,7 +970,7 @@ cdef void clients_receive(relay_t *relay) noexcept nogil:
 cdef void expire(relay_t *relay) noexcept nogil:
     cdef int i
     for i in range(CLASSES):
-        while relay.classes[i].oldest != NULL and relay.classes[i].oldest.seen + relay.idle_ms <= relay.now:
+        while relay.classes[i].oldest != NULL and relay.classes[i].oldest.seen + relay.option[UDP_TIMEOUT] <= relay.now:
             session_end(relay, relay.classes[i].oldest, SESSIONS_EXPIRED)
 
 
@@ -984,9 +981,9 @@ cdef int next_timeout(relay_t *relay) noexcept nogil:
     for i in range(CLASSES):
         if relay.classes[i].oldest == NULL:
             continue
-        if due < 0 or relay.classes[i].oldest.seen + relay.idle_ms < due:
-            due = relay.classes[i].oldest.seen + relay.idle_ms
-    if relay.unsure_until and relay.backends.count and relay.counters[QUEUED_NOW]:
+        if due < 0 or relay.classes[i].oldest.seen + relay.option[UDP_TIMEOUT] < due:
+            due = relay.classes[i].oldest.seen + relay.option[UDP_TIMEOUT]
+    if relay.unsure_until and relay.backends.total_weight and relay.tally[QUEUED_NOW]:
         if due < 0 or relay.trial_at < due:
             due = relay.trial_at
     if relay.draining and (due < 0 or relay.drain_at < due):
@@ -1013,6 +1010,11 @@ cdef inline void buffers_trim(relay_t *relay, int count) noexcept nogil:
         madvise(relay.inbox.buffers, BATCH * BUFFER_BYTES, MADV_DONTNEED)
 
 
+cdef inline void publish(relay_t *relay) noexcept nogil:
+    """Show the tally to the parent."""
+    memcpy(relay.page + COUNTER_OWN, relay.tally, sizeof(relay.tally))
+
+
 cdef int relay_run(relay_t *relay) noexcept nogil:
     """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
     cdef epoll_event events[EVENT_BATCH]
@@ -1023,7 +1025,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         if count < 0 and errno != EINTR:
             return -1
         relay.now = monotonic_ms()
-        relay.counters[COUNTER_HEARTBEAT] = relay.now
+        relay.page[COUNTER_HEARTBEAT] = relay.now
         clients = False
         relay.turn += 1
         relay.crowded = count == EVENT_BATCH
@@ -1041,6 +1043,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         try_backend(relay)
         expire(relay)
         free_ended(relay)
+        publish(relay)
         if control:
             return REASON_CONTROL
         if relay.draining and relay.drain_at <= relay.now:
@@ -1051,11 +1054,10 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
     """Sessions keep their clients; those whose backend is gone let go of it, and the new one is tried."""
     cdef session_t *session
     cdef int i
-    relay.now = monotonic_ms()
     for i in range(CLASSES):
         session = relay.classes[i].oldest
         while session != NULL:
-            if session.fd >= 0 and not backends_have(&relay.backends, session.identity):
+            if session.fd >= 0 and not backends_have(&relay.backends, session.backend):
                 session_hang_up(session)
             session = session.newer
     # Nobody has refused what went ahead to the last backend: it counts as sent, and is not sent twice.
@@ -1066,8 +1068,8 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
     relay.retry_ms = RETRY_FIRST_MS
     # The first list of all names, as a rule, a target that has been running for long.
     relay.unsure_until = 0
-    if relay.hold_ms and relay.counters[COUNTER_GENERATION]:
-        relay.unsure_until = relay.now + min(<int64_t>relay.hold_ms, <int64_t>QUEUE_MS)
+    if relay.option[HOLD] and relay.updated:
+        relay.unsure_until = relay.now + min(<int64_t>relay.option[HOLD], <int64_t>QUEUE_MS)
     try_backend(relay)
     free_ended(relay)
 
@@ -1075,53 +1077,31 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
 # ---------------------------------------------------------------------------------------- the Python API
 
 
-cdef class UdpRelay:
+cdef class UdpLoop:
     """The loop of one worker, over a bound datagram socket.
 
     `listener` (non-blocking, reporting packet info; sockets.bind makes such a one) and `control` (the read
-    end of the control pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the pages that are shared with the parent, one of 4096 bytes to each of `slots`, of which this worker has
-    `slot`; the loop maps them, and the caller may close it then.
-    Times are milliseconds. With `gso` false no run of datagrams is
-    sent or received as one. Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer
-    that is too small or a table without room.
+    end of the control pipe, non-blocking) stay the caller's. `counters` is a descriptor of the page that is
+    shared with the parent; the loop maps it, and the caller may close it then. The loop relays nothing before
+    its first `update`. Raises OSError if the kernel refuses, and MemoryError.
     """
 
     cdef relay_t relay
 
-    def __cinit__(
-        self,
-        int listener,
-        int control,
-        *,
-        int counters,
-        uint32_t slot,
-        uint32_t slots,
-        uint32_t hold_ms,
-        uint32_t session_idle_ms,
-        uint32_t max_sessions,
-        bint gso,
-    ):
-        cdef uint32_t i, buckets = 1
+    def __cinit__(self, int listener, int control, int counters):
+        cdef uint32_t i
         cdef inbox_t *box
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
-        if max_sessions < 1:
-            raise ValueError("a session table needs room for one")
-        self.relay.slot, self.relay.slots = slot, slots
-        self.relay.counters = counters_map(counters, slot, slots)
-        if self.relay.counters == NULL:
+        self.relay.page = counters_map(counters, True)
+        if self.relay.page == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
-        self.relay.hold_ms, self.relay.idle_ms = hold_ms, session_idle_ms
-        self.relay.max_sessions, self.relay.gso = max_sessions, gso
         self.relay.now = monotonic_ms()
         slabs_init(&self.relay.memory, sizeof(session_t))
         self.relay.seed = int.from_bytes(os.urandom(8), "little")
-        while buckets < max_sessions and buckets < 1 << 20:
-            buckets *= 2
-        self.relay.mask = buckets - 1
-        self.relay.buckets = <session_t **>pages_map(buckets * sizeof(session_t *))
+        self.relay.mask = BUCKETS - 1
+        self.relay.buckets = <session_t **>pages_map(BUCKETS * sizeof(session_t *))
         self.relay.inbox = box = <inbox_t *>pages_map(sizeof(inbox_t))
         self.relay.outbox = <outbox_t *>pages_map(sizeof(outbox_t))
         if self.relay.buckets == NULL or self.relay.inbox == NULL or self.relay.outbox == NULL:
@@ -1140,16 +1120,16 @@ cdef class UdpRelay:
         self.relay.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.relay.epoll < 0:
             raise OSError(errno, "epoll_create1")
-        if watch(self.relay.epoll, listener, EPOLLIN, EVENT_LISTENER) < 0:
+        if epoll_add(self.relay.epoll, listener, EPOLLIN, EVENT_LISTENER) < 0:
             raise OSError(errno, "epoll_ctl of the listener")
-        if watch(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
+        if epoll_add(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
             raise OSError(errno, "epoll_ctl of the control pipe")
-        self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
+        self.relay.page[COUNTER_VERSION] = COUNTERS_VERSION
 
     def __dealloc__(self):
         cdef relay_t *relay = &self.relay
         cdef int i
-        if relay.counters == NULL:
+        if relay.page == NULL:
             return
         for i in range(CLASSES):
             while relay.classes[i].oldest != NULL:
@@ -1167,19 +1147,33 @@ cdef class UdpRelay:
             munmap(relay.buckets, (relay.mask + 1) * sizeof(session_t *))
         slabs_free(&relay.memory)
         free(relay.backends.items)
-        counters_unmap(relay.counters, relay.slot, relay.slots)
+        free(relay.access.items)
+        publish(relay)
+        counters_unmap(relay.page)
 
-    def repoint(self, uint64_t generation, list backends):
-        """From now on these, each `(packed address, port, zone index, identity)`; none means hold.
+    def update(self, uint64_t generation, bytes payload):
+        """The whole state from now on, as an Update record carries it. Raises ValueError for what is none.
 
-        Sessions to a backend that is not among them get a new socket with their next datagram; nothing
-        that the old one still receives is forwarded.
+        No backend means hold. A session to a backend that is not in the list gets a new socket with its next
+        datagram; nothing that the old one still receives is forwarded.
         """
-        backends_replace(&self.relay.backends, backends)
+        cdef update_view_t view
+        cdef options_t option
+        cdef bint changed
+        update_read(PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload), &view, option)
+        if not option[MAX_SESSIONS]:
+            raise ValueError("a session table needs room for one")
+        access_replace(&self.relay.access, &view)
+        changed = backends_replace(&self.relay.backends, &view)
+        memcpy(self.relay.option, option, sizeof(options_t))
         with nogil:
-            relay_repointed(&self.relay)
-        self.relay.counters[COUNTER_BACKENDS] = self.relay.backends.count
-        self.relay.counters[COUNTER_GENERATION] = generation
+            self.relay.now = monotonic_ms()
+            if changed:
+                relay_repointed(&self.relay)
+            publish(&self.relay)
+        self.relay.updated = True
+        self.relay.page[COUNTER_BACKENDS] = self.relay.backends.count
+        self.relay.page[COUNTER_GENERATION] = generation
 
     def drain(self, uint32_t deadline_ms):
         """Read no more from clients; `run` returns DRAINED once replies have had time to arrive."""

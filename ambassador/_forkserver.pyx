@@ -1,4 +1,4 @@
-"""The fork server's loop: forks a worker on each request, reports births and deaths. Compiled for memory.
+"""The fork server's loop: forks a worker on each request, reports starts and exits. Compiled for memory.
 
 A page that the fork server writes between two forks is no longer shared by the workers on either side of it,
 so each worker pays for whatever the fork server does. Written in Python this loop touched some 0.7 MB of
@@ -6,14 +6,14 @@ objects (reference counts) per turn; here it touches a page of stack.
 
 Messages over the socket pair (SOCK_SEQPACKET, so each arrives whole), in the machine's own byte order:
 
-    request   parent -> fork server   1 byte and three descriptors: listener, control pipe, counters
+    request   parent -> fork server   1 byte and descriptors: listener, control pipe, counters, and the siblings' counters
     forked    fork server -> parent   FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and none
     exited    fork server -> parent   EXITED, pid, wait status
 
 Invariants
 ----------
 - fork(2) is called in a process that has one thread, so the child needs no repair of the interpreter.
-- The fork server keeps no descriptor of a worker but its pidfd, and a worker keeps only its own three.
+- The fork server keeps no descriptor of a worker but its pidfd, and a worker keeps only its own.
 - When the parent is gone, every child is killed: one that is stopped or stuck would not notice.
 
 Sources: fork(2), pidfd_open(2), unix(7), cmsg(3).
@@ -27,7 +27,9 @@ from ambassador._linux cimport (
     CMSG_FIRSTHDR,
     CMSG_LEN,
     EINTR,
+    EAGAIN,
     MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
     MSG_NOSIGNAL,
     O_RDWR,
     POLLIN,
@@ -53,20 +55,27 @@ from ambassador._linux cimport kill as send_signal
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <sys/syscall.h>
     #include <unistd.h>
     /* glibc 2.36 names it, musl does not. */
     static int ambassador_pidfd_open(int pid, unsigned int flags) {
         return (int) syscall(SYS_pidfd_open, pid, flags);
     }
+    static void ambassador_set_errno(int number) {
+        errno = number;
+    }
     """
+    void set_errno "ambassador_set_errno" (int number) nogil
     int pidfd_open "ambassador_pidfd_open" (int pid, unsigned int flags) nogil
 
 cdef enum:
-    PASSED = 3  # descriptors of a worker
+    MIN_PASSED = 3
+    MAX_PASSED = 250  # descriptors of a worker; one message carries at most 253 (SCM_MAX_FD, net/scm.h)
     FIRST_PASSED = 3  # behind standard input, output and error
     MAX_CHILDREN = 4096
     CONTROL_BYTES = 64
+    REQUEST_BYTES = 1024  # of ancillary data: CMSG_SPACE of MAX_PASSED descriptors, and a bit
 
 cdef enum:
     FORKED = 1
@@ -74,6 +83,10 @@ cdef enum:
 
 FORKED_MESSAGE = FORKED
 EXITED_MESSAGE = EXITED
+
+cdef struct passed_t:  # the descriptors of one request
+    int count
+    int fds[MAX_PASSED]
 
 cdef struct message_t:
     int32_t kind
@@ -109,14 +122,15 @@ cdef int report(int32_t kind, int32_t pid, int32_t status, int pidfd) noexcept:
     return 0
 
 
-cdef void become_worker(int *passed_fds) noexcept:
-    """In the child: standard error and the three descriptors, nothing else."""
+cdef void become_worker(passed_t *passed) noexcept:
+    """In the child: standard error and the passed descriptors, nothing else."""
     cdef int place, null
-    for place in range(PASSED):  # first out of the way of the places they go to
-        passed_fds[place] = dup2(passed_fds[place], FIRST_PASSED + PASSED + watching + PASSED + place)
-    for place in range(PASSED):
-        passed_fds[place] = dup2(passed_fds[place], FIRST_PASSED + place)
-    close_range(FIRST_PASSED + PASSED, ~<unsigned int>0, 0)
+    cdef int above = FIRST_PASSED + passed.count + watching + passed.count
+    for place in range(passed.count):  # first out of the way of the places they go to
+        passed.fds[place] = dup2(passed.fds[place], above + place)
+    for place in range(passed.count):
+        passed.fds[place] = dup2(passed.fds[place], FIRST_PASSED + place)
+    close_range(FIRST_PASSED + passed.count, ~<unsigned int>0, 0)
     null = open("/dev/null", O_RDWR)
     if null >= 0:
         dup2(null, 0)
@@ -124,17 +138,18 @@ cdef void become_worker(int *passed_fds) noexcept:
         close(null)
 
 
-cdef int fork_worker(int *passed_fds) noexcept:
-    """Fork a worker that owns `passed_fds`. 1 in the child; in the fork server 0, or -1 if the parent is gone."""
+cdef int fork_worker(passed_t *passed) noexcept:
+    """Fork a worker that owns what was passed. 1 in the child; in the fork server 0, or -1 if the parent is gone."""
     cdef int place, pidfd, told
     cdef int32_t pid = -1
+    set_errno(EAGAIN)
     if watching <= MAX_CHILDREN:
         pid = fork()
     if pid == 0:
-        become_worker(passed_fds)
+        become_worker(passed)
         return 1
-    for place in range(PASSED):
-        close(passed_fds[place])
+    for place in range(passed.count):
+        close(passed.fds[place])
     if pid < 0:  # a limit on processes or memory: the parent tries again later
         return report(FORKED, -errno, 0, -1)
     pidfd = pidfd_open(pid, 0)
@@ -162,9 +177,9 @@ cdef int reap_child(int place) noexcept:
     return report(EXITED, pid, status, -1)
 
 
-cdef int receive(int *passed_fds) noexcept:
-    """The parent's next request into `passed_fds`: 1, or 0 when the parent is gone."""
-    cdef char control[CONTROL_BYTES]
+cdef int receive(passed_t *passed) noexcept:
+    """The parent's next request into `passed`: 1, or 0 when the parent is gone."""
+    cdef char control[REQUEST_BYTES]
     cdef char byte
     cdef iovec part
     cdef msghdr header
@@ -178,28 +193,31 @@ cdef int receive(int *passed_fds) noexcept:
     if got <= 0:
         return 0
     item = CMSG_FIRSTHDR(&header)
-    if item == NULL or item.cmsg_len != CMSG_LEN(PASSED * sizeof(int)):
+    if item == NULL or header.msg_flags & MSG_CTRUNC:
         return 0
-    memcpy(passed_fds, CMSG_DATA(item), PASSED * sizeof(int))
+    passed.count = <int>((item.cmsg_len - CMSG_LEN(0)) // sizeof(int))
+    if not MIN_PASSED <= passed.count <= MAX_PASSED:
+        return 0
+    memcpy(passed.fds, CMSG_DATA(item), passed.count * sizeof(int))
     return 1
 
 
-cdef bint serve_requests(int *passed_fds) noexcept:
+cdef bint serve_requests(passed_t *passed) noexcept:
     """Serve the parent. True in a new worker, False when the parent is gone."""
     cdef int place, started
     while True:
         if poll(watched, watching, -1) < 0 and errno != EINTR:
             return False
         place = watching - 1
-        while place > 0:  # from the end: burying moves the last one, which has been looked at
+        while place > 0:  # from the end: reaping moves the last one, which has been looked at
             if watched[place].revents and reap_child(place) < 0:
                 return False
             place -= 1
         if watched[0].revents:
             watched[0].revents = 0
-            if not receive(passed_fds):
+            if not receive(passed):
                 return False
-            started = fork_worker(passed_fds)
+            started = fork_worker(passed)
             if started:
                 return started > 0
 
@@ -207,16 +225,16 @@ cdef bint serve_requests(int *passed_fds) noexcept:
 def serve(int fd):
     """Serve the parent at the other end of socket `fd` until it is gone; then every child is killed.
 
-    Returns None in the fork server, and in each new worker its three descriptors: listener, control pipe,
-    counters. The caller must have no other thread.
+    Returns None in the fork server, and in each new worker its descriptors in the order of the request. The
+    caller must have no other thread.
     """
     global watching
-    cdef int passed_fds[PASSED]
+    cdef passed_t passed
     cdef int place
     watched[0].fd, watched[0].events = fd, POLLIN
     watching = 1
-    if serve_requests(passed_fds):
-        return passed_fds[0], passed_fds[1], passed_fds[2]
+    if serve_requests(&passed):
+        return tuple([passed.fds[place] for place in range(passed.count)])
     for place in range(1, watching):
         send_signal(pids[place], SIGKILL)
     return None

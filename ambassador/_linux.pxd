@@ -67,7 +67,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         AF_UNSPEC, AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_CLOEXEC
         SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF
-        SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CMSG_CLOEXEC, SCM_RIGHTS
+        SHUT_WR, MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_TRUNC, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS
     ctypedef unsigned short sa_family_t
     struct sockaddr:
         sa_family_t sa_family

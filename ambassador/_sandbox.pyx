@@ -32,7 +32,7 @@ credentials(7).
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from ambassador._common cimport COUNTER_SANDBOX, counters_map, counters_unmap
+from ambassador._counters cimport COUNTER_SANDBOX, counters_map, counters_unmap
 from ambassador._linux cimport errno
 
 cdef extern from *:
@@ -312,18 +312,18 @@ cdef uint64_t drop_privileges() noexcept nogil:
     return ENTERED | held | (wanted & ~held) << MISSING_SHIFT
 
 
-def enter(int counters, uint32_t slot, uint32_t slots):
-    """Give up all of it, and write into this worker's page of the counters (a memfd) what holds.
+def enter(int counters):
+    """Give up all of it, and write into this worker's counters page (a memfd) what holds.
 
     Returns the steps that are wanting, as bits. There is no way back: the caller has no other thread, and has
     opened all that it will ever open. Raises OSError where the page cannot be mapped.
     """
     cdef uint64_t word
-    cdef uint64_t *page = counters_map(counters, slot, slots)
+    cdef uint64_t *page = counters_map(counters, True)
     if page == NULL:
         raise OSError(errno, "mmap of the counters page")
     with nogil:
         word = drop_privileges()
     page[COUNTER_SANDBOX] = word
-    counters_unmap(page, slot, slots)
+    counters_unmap(page)
     return word >> MISSING_SHIFT & ALL_STEPS

@@ -5,13 +5,13 @@ connections put into those holes would each make a page of it private, in both p
 to the kernel when a burst is over, which a heap does only from its end.
 
 Invariants: a slab is aligned to its size, so an item's address leads to it; a slab is in the list exactly
-while it has room; one slab at most is kept with nothing in it. Inline functions only, as in _common.pxd.
+while it has room; one slab at most is kept with nothing in it. Inline functions only, as in _loop.pxd.
 """
 
 from libc.stdint cimport uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ambassador._common cimport pages_map
+from ambassador._loop cimport pages_map
 from ambassador._linux cimport munmap
 
 cdef enum:

@@ -1,32 +1,14 @@
-"""The TCP relay loop (compiled from _splice.pyx, which has the theory of operation)."""
+"""The TCP relay loop (compiled from _splice.pyx)."""
 
 from typing import Final
 
-COUNTERS: Final[tuple[str, ...]]
-"""The names of the words of the counters page, from word 8 on."""
-
 CONTROL: Final[int]
+"""`run` returned because the control pipe has something to read."""
 DRAINED: Final[int]
+"""`run` returned because draining is over."""
 
-class TcpRelay:
-    """The loop of one worker. The listener and the control pipe stay the caller's."""
-
-    def __init__(
-        self,
-        listener: int,
-        control: int,
-        *,
-        counters: int,
-        slot: int,
-        slots: int,
-        hold_ms: int,
-        connect_ms: int,
-        max_held: int,
-        pipe_bytes: int,
-        max_connections: int,
-        idle_ms: int,
-        half_close_ms: int,
-    ) -> None: ...
-    def repoint(self, generation: int, backends: list[tuple[bytes, int, int, int]]) -> None: ...
+class TcpLoop:
+    def __init__(self, listener: int, control: int, counters: int, siblings: tuple[int, ...] = ()) -> None: ...
+    def update(self, generation: int, payload: bytes) -> None: ...
     def drain(self, deadline_ms: int) -> None: ...
     def run(self) -> int: ...

@@ -48,30 +48,29 @@ Sources: epoll(7), splice(2), socket(7), tcp(7), connect(2) for AF_UNSPEC; net/i
 does at close, and for what tcp_disconnect leaves of a socket (its options) and what it does not.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from ambassador._common cimport (
-    HEARTBEAT_MS,
+from ambassador._access cimport access_replace, access_t
+from ambassador._backends cimport (
+    backend_t,
+    backends_have,
+    backends_next,
+    backends_replace,
+    backends_t,
+)
+from ambassador._counters cimport (
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
     COUNTER_HEARTBEAT,
     COUNTER_OWN,
     COUNTER_VERSION,
     COUNTERS_VERSION,
-    COUNTERS_WORDS,
-    backend_t,
-    backends_have,
-    backends_next,
-    backends_replace,
-    backends_t,
+    MAX_SIBLINGS,
     counters_map,
     counters_unmap,
-    monotonic_ms,
-    pages_map,
-    watch,
-    watch_again,
 )
 from ambassador._linux cimport (
     AF_UNSPEC,
@@ -145,6 +144,26 @@ from ambassador._linux cimport (
     socklen_t,
     splice,
 )
+from ambassador._loop cimport (
+    HEARTBEAT_MS,
+    REASON_CONTROL,
+    REASON_DRAINED,
+    epoll_add,
+    epoll_change,
+    monotonic_ms,
+    pages_map,
+)
+from ambassador._options cimport (
+    CONNECT_TIMEOUT,
+    HALF_CLOSE_TIMEOUT,
+    HOLD,
+    IDLE_TIMEOUT,
+    MAX_CONNECTIONS,
+    MAX_HELD,
+    PIPE_BYTES,
+    options_t,
+)
+from ambassador._record cimport update_read, update_view_t
 from ambassador._slab cimport slabs_free, slabs_give, slabs_init, slabs_t, slabs_take
 
 # ---------------------------------------------------------------------------------------------- limits
@@ -160,7 +179,7 @@ cdef enum:
     PIPE_SMALLEST = 65536  # bytes; a smaller pipe is worse than copying
     SPLICE_BYTES = 1 << 30  # no limit of ours: a pipe's slots are the limit, and hold up to a large page each
     POOL_PIPES = 64  # kept open while a burst lasts: 64 x 1 MiB is the default user's share
-    PARKED_MOST = 64  # sockets of backends that wait for their next connection while a burst lasts
+    MAX_SPARE = 64  # sockets of backends that wait for their next connection while a burst lasts
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
     EVENT_BATCH = 256
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
@@ -226,12 +245,8 @@ cdef enum:  # what epoll_event.data says where it is no connection
     EVENT_CONTROL = 1
     EVENT_SPECIAL = 2
 
-cdef enum:  # why the loop returned to Python
-    REASON_CONTROL = 1
-    REASON_DRAINED = 2
-
 cdef enum:  # words of the counters page
-    ACCEPTED = COUNTER_OWN
+    ACCEPTED = 0
     ACTIVE
     CLOSED_CLEAN
     RESET
@@ -251,16 +266,10 @@ cdef enum:  # words of the counters page
     OVER_LIMIT  # of the rejected: beyond the port's limit
     IDLE_CLOSED  # of those that were reset
     HALF_CLOSED_TOO_LONG  # likewise
-    PARKED_NOW  # sockets; those that are still to be parked included
+    SPARE  # sockets; those that are still to be parked included
     REUSED  # dialled with one of them
     COUNTERS_END
 
-COUNTERS = (
-    "accepted", "active", "closed", "reset", "rejected", "held", "held_total", "dial_failed",
-    "no_local_port", "no_descriptor", "received_from_client", "received_from_backend",
-    "sent_to_backend", "sent_to_client", "discarded_to_backend", "discarded_to_client", "pipes_open",
-    "over_limit", "idle_closed", "half_closed_too_long", "parked", "reused",
-)
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
 
@@ -292,7 +301,7 @@ cdef struct connection_t:
     uint8_t parks  # once closed: its backend's socket is to be parked
     uint8_t family  # of its backend's socket
     direction_t direction[2]  # TO_BACKEND, TO_CLIENT
-    uint64_t identity  # of the backend that was dialled
+    uint64_t backend  # id of the one that was dialled
     int64_t hold_until  # ms; no new attempt after this; once open with an idle limit, when a byte last moved
     int64_t deadline  # ms; of this attempt to connect, and once open the moment to begin keepalive
     connection_t *previous
@@ -316,16 +325,13 @@ cdef struct relay_t:
     int epoll
     int listener
     int control
-    uint32_t hold_ms
-    uint32_t connect_ms
-    uint32_t max_held
-    uint32_t pipe_bytes  # 0: copy, always
-    uint32_t max_connections  # of all slots together; 0: as many as come
-    uint32_t idle_ms  # 0: never
-    uint32_t half_close_ms  # 0: never
-    uint32_t slot
-    uint32_t slots
-    uint64_t *counters
+    options_t option
+    access_t access
+    uint64_t *page  # shared with the parent; written, never read
+    uint64_t **siblings  # the pages of the listener's other workers, to read
+    uint32_t sibling_count
+    uint64_t tally[COUNTERS_END]
+    bint no_splice  # this kernel will not, or a seccomp filter
     slabs_t connections
     workspace_t *workspace
     uint32_t lent_bytes  # at the start of its buffer, COPY_BYTES at most
@@ -368,16 +374,16 @@ cdef pipe_t *pipe_borrow(relay_t *relay) noexcept nogil:
         free(pipe)
         return NULL
     # EPERM past pipe-user-pages-soft, and past it new pipes are a page or two: read back what we got.
-    fcntl(ends[1], F_SETPIPE_SZ, relay.pipe_bytes)
+    fcntl(ends[1], F_SETPIPE_SZ, <int>relay.option[PIPE_BYTES])
     capacity = fcntl(ends[1], F_GETPIPE_SZ)
-    if capacity < PIPE_SMALLEST and <uint32_t>capacity < relay.pipe_bytes:
+    if capacity < PIPE_SMALLEST and capacity < relay.option[PIPE_BYTES]:
         close(ends[0])
         close(ends[1])
         free(pipe)
         return NULL
     pipe.read_end, pipe.write_end = ends[0], ends[1]
     pipe.capacity, pipe.bytes = capacity, 0
-    relay.counters[PIPES_OPEN] += 1
+    relay.tally[PIPES_OPEN] += 1
     return pipe
 
 
@@ -385,7 +391,7 @@ cdef void pipe_close(relay_t *relay, pipe_t *pipe) noexcept nogil:
     close(pipe.read_end)
     close(pipe.write_end)
     free(pipe)
-    relay.counters[PIPES_OPEN] -= 1
+    relay.tally[PIPES_OPEN] -= 1
 
 
 cdef void pipe_return(relay_t *relay, pipe_t *pipe) noexcept nogil:
@@ -433,7 +439,7 @@ cdef void direction_release(relay_t *relay, direction_t *direction) noexcept nog
 cdef int direction_break(relay_t *relay, connection_t *connection, int d) noexcept nogil:
     """The destination takes no more. Its own last words may still be queued: read them, then reset."""
     cdef direction_t *direction = &connection.direction[d]
-    relay.counters[DISCARDED_TO_BACKEND + d] += direction_in_flight(direction)
+    relay.tally[DISCARDED_TO_BACKEND + d] += direction_in_flight(direction)
     direction_release(relay, direction)
     direction.flags |= BROKEN
     connection.ready[1 - d] |= READABLE | ENDED
@@ -461,7 +467,7 @@ cdef int direction_flush(relay_t *relay, connection_t *connection, int d) noexce
                 MSG_NOSIGNAL | MSG_DONTWAIT,
             )
         if moved > 0:
-            relay.counters[SENT_TO_BACKEND + d] += moved
+            relay.tally[SENT_TO_BACKEND + d] += moved
             if direction.pipe != NULL:
                 direction.pipe.bytes -= <uint32_t>moved
             else:
@@ -489,7 +495,7 @@ cdef void source_drained(relay_t *relay, connection_t *connection, int d) noexce
     connection.ready[d] &= ~READABLE
     if connection.ready[d] & MUTED:
         connection.ready[d] &= ~MUTED
-        watch_again(relay.epoll, connection.fd[d], EVENTS, <uintptr_t>connection | d)
+        epoll_change(relay.epoll, connection.fd[d], EVENTS, <uintptr_t>connection | d)
 
 
 cdef int direction_send(
@@ -506,13 +512,13 @@ cdef int direction_send(
         if connection.sent == 2:
             setsockopt(connection.fd[BACKEND], IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
     sent = max(send(connection.fd[1 - d], bytes, length, flags), 0)  # flushing the rest finds the reason
-    relay.counters[SENT_TO_BACKEND + d] += sent
+    relay.tally[SENT_TO_BACKEND + d] += sent
     if sent == length:
         return 0
     length -= <uint32_t>sent
     direction.spill = <char *>malloc(length)
     if direction.spill == NULL:
-        relay.counters[DISCARDED_TO_BACKEND + d] += length
+        relay.tally[DISCARDED_TO_BACKEND + d] += length
         return COPY_NO_MEMORY
     memcpy(direction.spill, bytes + sent, length)
     direction.spill_start, direction.spill_end = 0, length
@@ -530,10 +536,10 @@ cdef ssize_t direction_copy(relay_t *relay, connection_t *connection, int d) noe
     cdef int flags = MSG_NOSIGNAL | MSG_DONTWAIT
     if got <= 0:
         return got
-    relay.counters[RECEIVED_FROM_CLIENT + d] += got
+    relay.tally[RECEIVED_FROM_CLIENT + d] += got
     if got < FULL_READ:
         direction.streak = 0
-    elif relay.pipe_bytes:
+    elif relay.option[PIPE_BYTES] and not relay.no_splice:
         direction.streak += 1
         if direction.streak >= FULL_READS:
             direction.streak = 0
@@ -605,7 +611,7 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
         connection.fd[d], NULL, direction.pipe.write_end, NULL, SPLICE_BYTES, SPLICE_F_NONBLOCK
     )
     if got > 0:
-        relay.counters[RECEIVED_FROM_CLIENT + d] += got
+        relay.tally[RECEIVED_FROM_CLIENT + d] += got
         direction.pipe.bytes = <uint32_t>got
         if got >= SMALL_MOVE:
             direction.streak = 0
@@ -620,7 +626,7 @@ cdef ssize_t direction_fill(relay_t *relay, connection_t *connection, int d) noe
         direction_release(relay, direction)
         return direction_copy(relay, connection, d)
     elif errno == EINVAL or errno == ENOSYS or errno == EPERM:
-        relay.pipe_bytes = 0  # this kernel will not, or a seccomp filter: copy from now on
+        relay.no_splice = True  # copy from now on
         direction.flags &= ~SPLICING
         direction_release(relay, direction)
         return direction_copy(relay, connection, d)
@@ -683,8 +689,8 @@ cdef int direction_end(relay_t *relay, connection_t *connection, int d) noexcept
         shutdown(connection.fd[BACKEND], SHUT_WR)
     direction.flags |= ENDED_FORWARDED
     direction.ended_at = <uint32_t>relay.now
-    if relay.half_close_ms:
-        sweep_by(relay, relay.now + relay.half_close_ms)
+    if relay.option[HALF_CLOSE_TIMEOUT]:
+        sweep_by(relay, relay.now + relay.option[HALF_CLOSE_TIMEOUT])
     return PUMP_WAIT
 
 
@@ -731,7 +737,7 @@ cdef void connection_move(relay_t *relay, connection_t *connection, int state) n
 
 
 cdef inline bint park_has_room(relay_t *relay) noexcept nogil:
-    return relay.counters[PARKED_NOW] < PARKED_MOST and not relay.draining
+    return relay.tally[SPARE] < MAX_SPARE and not relay.draining
 
 
 cdef bint backend_rests(connection_t *connection) noexcept nogil:
@@ -763,7 +769,7 @@ cdef connection_t *park_take(relay_t *relay) noexcept nogil:
     if connection == NULL:
         return NULL
     list_remove(relay, connection)
-    relay.counters[PARKED_NOW] -= 1
+    relay.tally[SPARE] -= 1
     fd, family, sent = connection.fd[BACKEND], connection.family, connection.sent
     memset(connection, 0, sizeof(connection_t))
     connection.fd[BACKEND], connection.family = fd, family
@@ -780,7 +786,7 @@ cdef uint32_t park_empty(relay_t *relay) noexcept nogil:
         close(connection.fd[BACKEND])
         connection.parks = False
         connection_move(relay, connection, CLOSED)  # an event of this batch may name it still
-    relay.counters[PARKED_NOW] -= count
+    relay.tally[SPARE] -= count
     return count
 
 
@@ -791,7 +797,7 @@ cdef void connection_drop(relay_t *relay, connection_t *connection, int counter)
     """
     cdef int d
     for d in range(2):
-        relay.counters[DISCARDED_TO_BACKEND + d] += direction_in_flight(&connection.direction[d])
+        relay.tally[DISCARDED_TO_BACKEND + d] += direction_in_flight(&connection.direction[d])
         direction_release(relay, &connection.direction[d])
     close(connection.fd[CLIENT])
     if connection.fd[BACKEND] >= 0 and not connection.parks:
@@ -800,10 +806,10 @@ cdef void connection_drop(relay_t *relay, connection_t *connection, int counter)
         relay.probe = NULL
         relay.probe_at = relay.now
     if connection.state == HELD:
-        relay.counters[HELD_NOW] -= 1
+        relay.tally[HELD_NOW] -= 1
     connection_move(relay, connection, CLOSED)
-    relay.counters[ACTIVE] -= 1
-    relay.counters[counter] += 1
+    relay.tally[ACTIVE] -= 1
+    relay.tally[counter] += 1
 
 
 cdef void connection_finish(relay_t *relay, connection_t *connection) noexcept nogil:
@@ -811,7 +817,7 @@ cdef void connection_finish(relay_t *relay, connection_t *connection) noexcept n
     socket_disarm(connection.fd[CLIENT])
     if park_has_room(relay) and backend_rests(connection):
         connection.parks = True
-        relay.counters[PARKED_NOW] += 1
+        relay.tally[SPARE] += 1
     else:
         socket_disarm(connection.fd[BACKEND])
     connection_drop(relay, connection, CLOSED_CLEAN)
@@ -839,14 +845,14 @@ cdef void connection_queue(relay_t *relay, connection_t *connection) noexcept no
 cdef void connection_pump(relay_t *relay, connection_t *connection) noexcept nogil:
     cdef int d, result
     cdef bint more = False
-    cdef uint64_t moved = bytes_moved(relay) if relay.idle_ms else 0
+    cdef uint64_t moved = bytes_moved(relay) if relay.option[IDLE_TIMEOUT] else 0
     for d in range(2):
         result = direction_pump(relay, connection, d)
         if result == PUMP_FAILED:
             connection_drop(relay, connection, RESET)
             return
         more = more or result == PUMP_MORE
-    if relay.idle_ms and moved != bytes_moved(relay):
+    if relay.option[IDLE_TIMEOUT] and moved != bytes_moved(relay):
         connection.hold_until = relay.now
     # A direction that broke marked the other's source readable, which has had its turn already if d was 1.
     if connection.direction[TO_CLIENT].flags & BROKEN and direction_can_move(connection, TO_BACKEND):
@@ -864,25 +870,25 @@ cdef inline bint direction_can_move(connection_t *connection, int d) noexcept no
 cdef inline uint64_t bytes_moved(relay_t *relay) noexcept nogil:
     """Of all connections, in or out: what differs after a pump is of the one that was pumped."""
     return (
-        relay.counters[RECEIVED_FROM_CLIENT] + relay.counters[RECEIVED_FROM_BACKEND]
-        + relay.counters[SENT_TO_BACKEND] + relay.counters[SENT_TO_CLIENT]
+        relay.tally[RECEIVED_FROM_CLIENT] + relay.tally[RECEIVED_FROM_BACKEND]
+        + relay.tally[SENT_TO_BACKEND] + relay.tally[SENT_TO_CLIENT]
     )
 
 
 cdef void connection_hold(relay_t *relay, connection_t *connection) noexcept nogil:
     """Into the held list, which is sorted by the end of the window, or out if there is no window."""
     cdef connection_t *after = relay.lists[HELD].tail
-    if connection.hold_until <= relay.now or relay.lists[HELD].length >= relay.max_held:
+    if connection.hold_until <= relay.now or relay.lists[HELD].length >= relay.option[MAX_HELD]:
         connection_drop(relay, connection, REJECTED)
         return
     while after != NULL and after.hold_until > connection.hold_until:
         after = after.previous
     list_remove(relay, connection)
     list_insert(relay, connection, after, HELD)
-    relay.counters[HELD_NOW] += 1
+    relay.tally[HELD_NOW] += 1
     if not connection.was_held:
         connection.was_held = True
-        relay.counters[HELD_EVER] += 1
+        relay.tally[HELD_EVER] += 1
 
 
 cdef void connection_undial(relay_t *relay, connection_t *connection) noexcept nogil:
@@ -897,13 +903,13 @@ cdef void connection_undial(relay_t *relay, connection_t *connection) noexcept n
 
 
 cdef void connection_dial_failed(relay_t *relay, connection_t *connection, int error) noexcept nogil:
-    relay.counters[DIAL_FAILED] += 1
+    relay.tally[DIAL_FAILED] += 1
     if error == EADDRNOTAVAIL:
-        relay.counters[NO_LOCAL_PORT] += 1
+        relay.tally[NO_LOCAL_PORT] += 1
         connection_drop(relay, connection, RESET)
         return
     if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
-        relay.counters[NO_DESCRIPTOR] += 1
+        relay.tally[NO_DESCRIPTOR] += 1
         park_empty(relay)
         accept_pause(relay)
     if relay.probe == connection or relay.probe_at <= relay.now:
@@ -918,7 +924,7 @@ cdef bint backend_again(relay_t *relay, connection_t *connection, int family) no
     cdef sockaddr nowhere
     nowhere.sa_family = AF_UNSPEC
     if connection.family == family and connect(fd, &nowhere, sizeof(nowhere)) == 0:
-        relay.counters[REUSED] += 1
+        relay.tally[REUSED] += 1
         return True
     close(fd)
     connection.fd[BACKEND] = -1
@@ -944,19 +950,19 @@ cdef bint connection_dial(relay_t *relay, connection_t *connection) noexcept nog
     cdef bint again = connection.fd[BACKEND] >= 0 and backend_again(relay, connection, family)
     cdef int fd
     if connection.state == HELD:
-        relay.counters[HELD_NOW] -= 1
-    connection.deadline = relay.now + relay.connect_ms
+        relay.tally[HELD_NOW] -= 1
+    connection.deadline = relay.now + relay.option[CONNECT_TIMEOUT]
     connection_move(relay, connection, CONNECTING)
     if not again and backend_socket(connection, family) < 0:
         connection_dial_failed(relay, connection, errno)
         return False
     fd = connection.fd[BACKEND]
-    connection.identity = backend.identity
+    connection.backend = backend.id
     if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
         connection_dial_failed(relay, connection, errno)
         return False
     # What was parked is watched already.
-    if not again and watch(relay.epoll, fd, EVENTS, <uintptr_t>connection | BACKEND) < 0:
+    if not again and epoll_add(relay.epoll, fd, EVENTS, <uintptr_t>connection | BACKEND) < 0:
         connection_dial_failed(relay, connection, errno)
         return False
     return True
@@ -985,9 +991,9 @@ cdef void connection_connected(relay_t *relay, connection_t *connection) noexcep
     cdef uint32_t _one
     connection_move(relay, connection, OPEN)
     connection.deadline = relay.now + KEEPALIVE_AFTER_MS
-    if relay.idle_ms:
+    if relay.option[IDLE_TIMEOUT]:
         connection.hold_until = relay.now
-        sweep_by(relay, relay.now + relay.idle_ms)
+        sweep_by(relay, relay.now + relay.option[IDLE_TIMEOUT])
     if relay.young == NULL:
         relay.young = connection
     relay.retry_ms = RETRY_FIRST_MS
@@ -995,7 +1001,9 @@ cdef void connection_connected(relay_t *relay, connection_t *connection) noexcep
         relay.probe = NULL
     # One that fails at once is back in the list, at its own place: the list's length now is the bound.
     for _one in range(relay.lists[HELD].length):
-        if relay.lists[HELD].head == NULL or not connection_dial(relay, relay.lists[HELD].head):
+        if relay.lists[HELD].head == NULL or not relay.backends.total_weight:
+            return
+        if not connection_dial(relay, relay.lists[HELD].head):
             return
 
 
@@ -1027,7 +1035,7 @@ cdef void connection_event(
         # Bytes behind others that wait for their destination: more will come, and each would wake us.
         if known & READABLE and not known & (MUTED | ENDED) and not connection.queued:
             connection.ready[side] |= MUTED
-            watch_again(relay.epoll, connection.fd[side], EVENTS_MUTED, <uintptr_t>connection | side)
+            epoll_change(relay.epoll, connection.fd[side], EVENTS_MUTED, <uintptr_t>connection | side)
         return
     if connection.state != OPEN:
         if side == CLIENT:
@@ -1050,7 +1058,7 @@ cdef void connection_event(
 
 cdef int listener_watch(relay_t *relay) noexcept nogil:
     """Be told of connections, one of several workers at a time (EPOLLEXCLUSIVE, which allows no MOD)."""
-    return watch(relay.epoll, relay.listener, EPOLLIN | EPOLLEXCLUSIVE, EVENT_LISTENER)
+    return epoll_add(relay.epoll, relay.listener, EPOLLIN | EPOLLEXCLUSIVE, EVENT_LISTENER)
 
 
 cdef void accept_pause(relay_t *relay) noexcept nogil:
@@ -1069,7 +1077,7 @@ cdef void accept_resume(relay_t *relay) noexcept nogil:
 
 cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
     """Owns `fd`. Dials at once, unless others wait already or there is nobody to dial."""
-    cdef bint dials = relay.backends.count > 0 and relay.lists[HELD].length == 0 and relay.probe == NULL
+    cdef bint dials = relay.backends.total_weight > 0 and relay.lists[HELD].length == 0 and relay.probe == NULL
     cdef connection_t *connection = NULL
     if dials:
         connection = park_take(relay)
@@ -1081,11 +1089,11 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
             return
         connection.fd[BACKEND] = -1
     connection.fd[CLIENT] = fd
-    connection.hold_until = relay.now + relay.hold_ms
+    connection.hold_until = relay.now + relay.option[HOLD]
     list_insert(relay, connection, relay.lists[CONNECTING].tail, CONNECTING)
-    relay.counters[ACCEPTED] += 1
-    relay.counters[ACTIVE] += 1
-    if watch(relay.epoll, fd, EVENTS, <uintptr_t>connection | CLIENT) < 0:
+    relay.tally[ACCEPTED] += 1
+    relay.tally[ACTIVE] += 1
+    if epoll_add(relay.epoll, fd, EVENTS, <uintptr_t>connection | CLIENT) < 0:
         connection_drop(relay, connection, RESET)
     elif dials:
         connection_dial(relay, connection)
@@ -1095,22 +1103,21 @@ cdef void accept_one(relay_t *relay, int fd) noexcept nogil:
 
 cdef bint port_is_full(relay_t *relay) noexcept nogil:
     """In all workers of this port together. Two that accept at one moment may pass the limit by one each."""
-    cdef uint64_t *page = relay.counters - relay.slot * COUNTERS_WORDS
-    cdef uint64_t active = 0
-    cdef uint32_t slot
-    if not relay.max_connections:
+    cdef uint64_t active = relay.tally[ACTIVE]
+    cdef uint32_t i
+    if not relay.option[MAX_CONNECTIONS]:
         return False
-    for slot in range(relay.slots):
-        active += page[slot * COUNTERS_WORDS + ACTIVE]
-    return active >= relay.max_connections
+    for i in range(relay.sibling_count):
+        active += relay.siblings[i][COUNTER_OWN + ACTIVE]
+    return active >= <uint64_t>relay.option[MAX_CONNECTIONS]
 
 
 cdef void accept_rejected(relay_t *relay, int fd) noexcept nogil:
     """A reset, since the socket has inherited SO_LINGER 0. Not left in the backlog: that would be silence."""
     close(fd)
-    relay.counters[ACCEPTED] += 1
-    relay.counters[REJECTED] += 1
-    relay.counters[OVER_LIMIT] += 1
+    relay.tally[ACCEPTED] += 1
+    relay.tally[REJECTED] += 1
+    relay.tally[OVER_LIMIT] += 1
 
 
 cdef void accept_batch(relay_t *relay) noexcept nogil:
@@ -1121,12 +1128,14 @@ cdef void accept_batch(relay_t *relay) noexcept nogil:
             accept_rejected(relay, fd)
         elif fd >= 0:
             accept_one(relay, fd)
+            if relay.sibling_count:
+                relay.page[COUNTER_OWN + ACTIVE] = relay.tally[ACTIVE]
         elif errno == EAGAIN:
             return
         elif errno == EMFILE or errno == ENFILE or errno == ENOBUFS or errno == ENOMEM:
             if park_empty(relay):
                 continue
-            relay.counters[NO_DESCRIPTOR] += 1
+            relay.tally[NO_DESCRIPTOR] += 1
             accept_pause(relay)
             return
         # Anything else (ECONNABORTED, EPROTO, EINTR, the network's errors) is of one connection that is
@@ -1155,15 +1164,15 @@ cdef int64_t connection_left(relay_t *relay, connection_t *connection, int *coun
     """Milliseconds until one of its deadlines, which `counter` counts; it has one at least."""
     cdef int64_t left = INT64_MAX, since
     cdef int d
-    if relay.idle_ms:
-        left = connection.hold_until + relay.idle_ms - relay.now
+    if relay.option[IDLE_TIMEOUT]:
+        left = connection.hold_until + relay.option[IDLE_TIMEOUT] - relay.now
         counter[0] = IDLE_CLOSED
-    if relay.half_close_ms:
+    if relay.option[HALF_CLOSE_TIMEOUT]:
         for d in range(2):
             if connection.direction[d].flags & ENDED_FORWARDED:
                 since = <uint32_t>(<uint32_t>relay.now - connection.direction[d].ended_at)
-                if relay.half_close_ms - since < left:
-                    left = relay.half_close_ms - since
+                if relay.option[HALF_CLOSE_TIMEOUT] - since < left:
+                    left = relay.option[HALF_CLOSE_TIMEOUT] - since
                     counter[0] = HALF_CLOSED_TOO_LONG
     return left
 
@@ -1182,15 +1191,15 @@ cdef void sweep(relay_t *relay) noexcept nogil:
         following = connection.next
         left = connection_left(relay, connection, &counter)
         if left <= 0:
-            relay.counters[counter] += 1
+            relay.tally[counter] += 1
             connection_drop(relay, connection, RESET)
         else:
             soonest = min(soonest, left)
         connection = following
-    if relay.idle_ms:
-        apart = relay.idle_ms
-    if relay.half_close_ms:
-        apart = min(apart, <int64_t>relay.half_close_ms)
+    if relay.option[IDLE_TIMEOUT]:
+        apart = relay.option[IDLE_TIMEOUT]
+    if relay.option[HALF_CLOSE_TIMEOUT]:
+        apart = min(apart, <int64_t>relay.option[HALF_CLOSE_TIMEOUT])
     relay.sweep_at = 0 if soonest == INT64_MAX else relay.now + max(soonest, apart // SWEEP_SHARE)
 
 
@@ -1214,7 +1223,7 @@ cdef void expire(relay_t *relay) noexcept nogil:
 
 
 cdef inline bint probe_wanted(relay_t *relay) noexcept nogil:
-    return relay.probe == NULL and relay.backends.count > 0 and relay.lists[HELD].head != NULL
+    return relay.probe == NULL and relay.backends.total_weight > 0 and relay.lists[HELD].head != NULL
 
 
 cdef inline bint relay_drained(relay_t *relay) noexcept nogil:
@@ -1276,6 +1285,11 @@ cdef inline void burst_over(relay_t *relay, int count) noexcept nogil:
         park_empty(relay)
 
 
+cdef inline void publish(relay_t *relay) noexcept nogil:
+    """Show the tally to the parent and the siblings."""
+    memcpy(relay.page + COUNTER_OWN, relay.tally, sizeof(relay.tally))
+
+
 cdef int relay_run(relay_t *relay) noexcept nogil:
     """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
     cdef epoll_event events[EVENT_BATCH]
@@ -1290,7 +1304,7 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         relay.now = monotonic_ms()
         relay.lending = count > 1
         clients = False
-        relay.counters[COUNTER_HEARTBEAT] = relay.now
+        relay.page[COUNTER_HEARTBEAT] = relay.now
         burst_over(relay, count)
         for i in range(max(count, 0)):
             data = events[i].data.u64
@@ -1307,10 +1321,45 @@ cdef int relay_run(relay_t *relay) noexcept nogil:
         free_closed(relay)
         if clients and not relay.accept_at:
             accept_batch(relay)
+        publish(relay)
         if control:
             return REASON_CONTROL
         if relay_drained(relay):
             return REASON_DRAINED
+
+
+cdef void options_apply(relay_t *relay, options_t option) noexcept nogil:
+    """New options. A deadline that is new or nearer is looked for at once; one that is held keeps its window."""
+    cdef connection_t *connection = relay.lists[OPEN].head
+    cdef bint sweeps = (
+        option[IDLE_TIMEOUT] != relay.option[IDLE_TIMEOUT]
+        or option[HALF_CLOSE_TIMEOUT] != relay.option[HALF_CLOSE_TIMEOUT]
+    )
+    if option[IDLE_TIMEOUT] and not relay.option[IDLE_TIMEOUT]:  # until now nobody noted when a byte moved
+        while connection != NULL:
+            connection.hold_until = relay.now
+            connection = connection.next
+    memcpy(relay.option, option, sizeof(options_t))
+    if sweeps:
+        relay.sweep_at = relay.now if option[IDLE_TIMEOUT] or option[HALF_CLOSE_TIMEOUT] else 0
+
+
+cdef int siblings_map(relay_t *relay, tuple siblings) except -1:
+    """Map the pages of the listener's other workers. Raises OSError and MemoryError."""
+    cdef int fd
+    if not siblings:
+        return 0
+    if len(siblings) > MAX_SIBLINGS:
+        raise ValueError(f"{len(siblings)} siblings are over {MAX_SIBLINGS}")
+    relay.siblings = <uint64_t **>malloc(len(siblings) * sizeof(uint64_t *))
+    if relay.siblings == NULL:
+        raise MemoryError
+    for fd in siblings:
+        relay.siblings[relay.sibling_count] = counters_map(fd, False)
+        if relay.siblings[relay.sibling_count] == NULL:
+            raise OSError(errno, "mmap of a sibling's counters")
+        relay.sibling_count += 1
+    return 0
 
 
 cdef void relay_repointed(relay_t *relay) noexcept nogil:
@@ -1318,12 +1367,11 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
     cdef connection_t *connection
     cdef connection_t *following
     cdef int state
-    relay.now = monotonic_ms()
     for state in range(CONNECTING, OPEN + 1):
         connection = relay.lists[state].head
         while connection != NULL:
             following = connection.next
-            if state == HELD or backends_have(&relay.backends, connection.identity):
+            if state == HELD or backends_have(&relay.backends, connection.backend):
                 pass
             elif state == OPEN:
                 connection_drop(relay, connection, RESET)
@@ -1339,47 +1387,25 @@ cdef void relay_repointed(relay_t *relay) noexcept nogil:
 # ---------------------------------------------------------------------------------------- the Python API
 
 
-cdef class TcpRelay:
+cdef class TcpLoop:
     """The loop of one worker, over a listening socket.
 
-    `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
-    pipe, non-blocking) stay the caller's. `counters` is a descriptor of
-    the pages that are shared with the parent, one of 4096 bytes to each of `slots`, of which this worker has
-    `slot`; the loop maps them, and the caller may close it then.
-    Times are milliseconds. `pipe_bytes` is the size asked for each pipe; 0 copies always. 0 is no limit for
-    `max_connections` (of all slots together), `idle_ms` and `half_close_ms`.
-    Raises OSError where the kernel refuses, MemoryError, ValueError for a buffer that is too small.
+    `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control pipe,
+    non-blocking) stay the caller's. `counters` is a descriptor of the page that is shared with the parent, and
+    `siblings` are those of the listener's other workers; the loop maps them, and the caller may close them then.
+    The loop relays nothing before its first `update`. Raises OSError if the kernel refuses, and MemoryError.
     """
 
     cdef relay_t relay
 
-    def __cinit__(
-        self,
-        int listener,
-        int control,
-        *,
-        int counters,
-        uint32_t slot,
-        uint32_t slots,
-        uint32_t hold_ms,
-        uint32_t connect_ms,
-        uint32_t max_held,
-        uint32_t pipe_bytes,
-        uint32_t max_connections,
-        uint32_t idle_ms,
-        uint32_t half_close_ms,
-    ):
+    def __cinit__(self, int listener, int control, int counters, tuple siblings=()):
         memset(&self.relay, 0, sizeof(relay_t))
         self.relay.epoll = -1
-        self.relay.slot, self.relay.slots = slot, slots
-        self.relay.counters = counters_map(counters, slot, slots)
-        if self.relay.counters == NULL:
+        self.relay.page = counters_map(counters, True)
+        if self.relay.page == NULL:
             raise OSError(errno, "mmap of the counters page")
         self.relay.listener, self.relay.control = listener, control
-        self.relay.hold_ms, self.relay.connect_ms = hold_ms, connect_ms
-        self.relay.max_held, self.relay.pipe_bytes = max_held, pipe_bytes
-        self.relay.max_connections = max_connections
-        self.relay.idle_ms, self.relay.half_close_ms = idle_ms, half_close_ms
+        siblings_map(&self.relay, siblings)
         self.relay.retry_ms = RETRY_FIRST_MS
         self.relay.now = monotonic_ms()
         slabs_init(&self.relay.connections, sizeof(connection_t))
@@ -1391,14 +1417,15 @@ cdef class TcpRelay:
             raise OSError(errno, "epoll_create1")
         if listener_watch(&self.relay) < 0:
             raise OSError(errno, "epoll_ctl of the listener")
-        if watch(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
+        if epoll_add(self.relay.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
             raise OSError(errno, "epoll_ctl of the control pipe")
-        self.relay.counters[COUNTER_VERSION] = COUNTERS_VERSION
+        self.relay.page[COUNTER_VERSION] = COUNTERS_VERSION
 
     def __dealloc__(self):
         cdef relay_t *relay = &self.relay
         cdef int state
-        if relay.counters == NULL:
+        cdef uint32_t i
+        if relay.page == NULL:
             return
         for state in range(OPEN + 1):
             while relay.lists[state].head != NULL:
@@ -1414,18 +1441,33 @@ cdef class TcpRelay:
         if relay.workspace != NULL:
             munmap(relay.workspace, sizeof(workspace_t))
         free(relay.backends.items)
-        counters_unmap(relay.counters, relay.slot, relay.slots)
+        free(relay.access.items)
+        for i in range(relay.sibling_count):
+            counters_unmap(relay.siblings[i])
+        free(relay.siblings)
+        publish(relay)
+        counters_unmap(relay.page)
 
-    def repoint(self, uint64_t generation, list backends):
-        """From now on these, each `(packed address, port, zone index, identity)`; none means hold.
+    def update(self, uint64_t generation, bytes payload):
+        """The whole state from now on, as an Update record carries it. Raises ValueError for what is none.
 
-        Connections to a backend that is not among them are reset; attempts to connect to one start anew.
+        No backend means hold. Connections to a backend that is not in the list are reset; attempts to connect
+        to one start anew.
         """
-        backends_replace(&self.relay.backends, backends)
+        cdef update_view_t view
+        cdef options_t option
+        cdef bint changed
+        update_read(PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload), &view, option)
+        access_replace(&self.relay.access, &view)
+        changed = backends_replace(&self.relay.backends, &view)
         with nogil:
-            relay_repointed(&self.relay)
-        self.relay.counters[COUNTER_BACKENDS] = self.relay.backends.count
-        self.relay.counters[COUNTER_GENERATION] = generation
+            self.relay.now = monotonic_ms()
+            options_apply(&self.relay, option)
+            if changed:
+                relay_repointed(&self.relay)
+            publish(&self.relay)
+        self.relay.page[COUNTER_BACKENDS] = self.relay.backends.count
+        self.relay.page[COUNTER_GENERATION] = generation
 
     def drain(self, uint32_t deadline_ms):
         """Accept no more; `run` returns DRAINED when all connections have ended, or after the deadline."""

@@ -1,4 +1,4 @@
-"""A worker's life: the entry point of the child. Its handle in the parent is worker.py. Compiled for memory.
+"""A worker's life: the entry point of the child. The parent's side is supervise/worker.py. Compiled for memory.
 
 Whatever Python touches here is a page that the worker no longer shares with the fork server: reference counts,
 the caches in a function's bytecode, the pools of small objects. The same steps as Python cost each idle
@@ -6,28 +6,45 @@ worker 0.15 MB more (CPython 3.11).
 
 Invariants:
 
-- The child is lent three descriptors (listener, control pipe, and the counters page, which it maps) besides
-  standard error, and has no thread. Everything it knows came over the control pipe: Start first, then
-  Repoint, then Drain.
-- It enters its sandbox when it has heard its Start and before its loop exists, so before any traffic.
+- The child has standard error, no thread, and the descriptors that it was passed: listener, control pipe, its
+  own counters page, and its siblings' pages to read. Everything it knows came over the control pipe: Start
+  first, then Updates, then Drain.
+- It enters its sandbox when it has its Start and before its loop exists, so before any traffic. It serves
+  nobody before its first Update.
 - It leaves the compiled loop only for control. End of file on the control pipe means that the parent is
   gone: it exits at once, and every connection it had ends in a reset.
-- Of two Repoints the one with the higher generation wins, whichever comes last.
+- Of two Updates the one with the higher generation wins, whichever comes last.
 """
 
-from libc.stdint cimport int64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport memcpy
 
 from ambassador import _datagram, _sandbox, _splice
-from ambassador._common cimport (
+from ambassador._control import next_record
+from ambassador._counters cimport (
     COUNTER_BACKENDS,
     COUNTER_GENERATION,
     COUNTER_HEARTBEAT,
     COUNTER_OWN,
     COUNTER_SANDBOX,
 )
-from ambassador._common cimport COUNTERS_BYTES as PAGE_BYTES
+from ambassador._counters cimport COUNTERS_BYTES as PAGE_BYTES
 from ambassador._linux cimport EINTR, F_SETFL, O_NONBLOCK, close, errno, fcntl, read
-from ambassador._control import DRAIN, GSO, SANDBOX, SANDBOX_REQUIRED, START, TCP, take
+from ambassador._loop cimport REASON_DRAINED
+from ambassador._options cimport options_t
+from ambassador._record cimport (
+    FLAG_SANDBOX,
+    FLAG_SANDBOX_REQUIRED,
+    KIND_DRAIN,
+    KIND_START,
+    PROTOCOL_TCP,
+    start_read,
+    start_t,
+    update_read,
+    update_view_t,
+)
 from ambassador.system.titles import show_title
 
 cdef enum:
@@ -39,64 +56,88 @@ GENERATION_WORD = COUNTER_GENERATION
 BACKENDS_WORD = COUNTER_BACKENDS
 HEARTBEAT_WORD = COUNTER_HEARTBEAT
 SANDBOX_WORD = COUNTER_SANDBOX
-FIRST_COUNTER = COUNTER_OWN  # from here on the loop's own, in the order of its COUNTERS
+FIRST_COUNTER = COUNTER_OWN  # from here on the loop's own, in the order of counters.py
 
 EXIT_DRAINED = 0
 EXIT_PARENT_GONE = 0
 EXIT_BAD_CONTROL = 65  # what it was told makes no sense (EX_DATAERR of sysexits.h)
 EXIT_BROKEN = 70  # the loop could not be set up or failed (EX_SOFTWARE)
-EXIT_NO_SANDBOX = 77  # the sandbox is required and something of it cannot be had (EX_NOPERM)
+EXIT_NO_SANDBOX = 77  # the sandbox is required and a step of it is missing (EX_NOPERM)
 
-cdef int kind_start = START, kind_drain = DRAIN
-cdef int flag_gso = GSO, flag_sandbox = SANDBOX, flag_required = SANDBOX_REQUIRED
-cdef int protocol_tcp = TCP
-cdef int reason_drained = _splice.DRAINED
 cdef char inbox[READ_BYTES]  # only the pages that are read into are memory
 
 
-def main(int listener, int control, int counters):
+def main(int listener, int control, int counters, *siblings):
     """Serve one listener until told to drain or the parent is gone; the exit code.
 
-    Owns the three descriptors. Raises OSError and MemoryError where the loop cannot be had or fails.
+    Owns the descriptors. `siblings` are the counters of the listener's other workers, to read. Raises OSError
+    and MemoryError if the loop cannot be had or fails.
     """
     try:
-        return serve(listener, control, counters)
+        return serve(listener, control, counters, siblings)
     except (ValueError, OverflowError):  # no control record, or an impossible one
         return EXIT_BAD_CONTROL
 
 
-cdef object serve(int listener, int control, int counters):
+cdef object serve(int listener, int control, int counters, tuple siblings):
     cdef bytearray stream = bytearray()
-    cdef object loop = None  # until the first record, for which the pipe blocks
-    cdef int64_t generation = -1
-    cdef int kind, protocol = 0
+    cdef object loop = None
+    cdef int64_t generation = -1  # of the update in force
+    cdef bint runs = False  # before the first update the pipe blocks, and nobody is served
+    cdef uint32_t deadline_ms
+    cdef start_t start
+    cdef int kind
     while True:
-        taken = take(stream)
-        if taken is None:
-            if loop is not None and <int>loop.run() == reason_drained:
+        record = next_record(stream)
+        if record is None:
+            if runs and <int>loop.run() == REASON_DRAINED:
                 return EXIT_DRAINED
             if not receive(control, stream):
                 return EXIT_PARENT_GONE
             continue
-        kind, number, content = taken
-        if (kind == kind_start) == (loop is not None):
+        kind, number, payload = record
+        if (kind == KIND_START) == (loop is not None):
             raise ValueError("a Start comes first, and once")
-        if loop is None:
-            protocol, flags, slot, slots = content[1], content[2], content[12], content[13]
-            fcntl(control, F_SETFL, O_NONBLOCK)
-            if flags & flag_sandbox and _sandbox.enter(counters, slot, slots) and flags & flag_required:
+        if kind == KIND_START:
+            start_read(PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload), &start)
+            if (
+                start.flags & FLAG_SANDBOX
+                and _sandbox.enter(counters)
+                and start.flags & FLAG_SANDBOX_REQUIRED
+            ):
                 return EXIT_NO_SANDBOX
-            loop = make_loop(content, listener, control, counters)
-            close(counters)
-        elif kind == kind_drain:
-            loop.drain(content)
-            if protocol == protocol_tcp:
+            loop = make_loop(&start, listener, control, counters, siblings)
+        elif kind == KIND_DRAIN:
+            memcpy(&deadline_ms, PyBytes_AS_STRING(payload), sizeof(deadline_ms))
+            runs = True
+            loop.drain(deadline_ms)
+            if start.protocol == PROTOCOL_TCP:
                 close(listener)  # the last copy: from now on the port refuses
         elif number > generation:
-            generation = number
-            backends, title = content
-            loop.repoint(generation, backends)
-            show_title(title)
+            if not runs:
+                fcntl(control, F_SETFL, O_NONBLOCK)
+            runs, generation = True, number
+            loop.update(generation, payload)
+            show_title(title_of_update(payload))
+
+
+cdef object make_loop(start_t *start, int listener, int control, int counters, tuple siblings):
+    """The loop that a Start asks for. Closes the counters' descriptors: the loop has mapped them."""
+    if start.protocol == PROTOCOL_TCP:
+        loop = _splice.TcpLoop(listener, control, counters, siblings)
+    else:
+        loop = _datagram.UdpLoop(listener, control, counters)
+    close(counters)
+    for fd in siblings:
+        close(fd)
+    return loop
+
+
+cdef object title_of_update(bytes payload):
+    cdef update_view_t view
+    cdef options_t option
+    update_read(PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload), &view, option)
+    return PyUnicode_DecodeUTF8(view.title, view.head.title_bytes, NULL)
 
 
 cdef bint receive(int control, bytearray stream) except -1:
@@ -108,35 +149,3 @@ cdef bint receive(int control, bytearray stream) except -1:
         raise OSError(errno, "read of the control pipe")
     stream += inbox[:got]
     return got > 0
-
-
-cdef object make_loop(tuple start, int listener, int control, int counters):
-    """The loop that a Start asks for: the numbers of start_t (_wire.pyx), in their order."""
-    _, protocol, flags, hold_ms, connect_ms, session_idle_ms, max_sessions, max_held = start[:8]
-    pipe_bytes, max_connections, idle_ms, half_close_ms, slot, slots = start[8:]
-    if protocol == protocol_tcp:
-        return _splice.TcpRelay(
-            listener,
-            control,
-            counters=counters,
-            slot=slot,
-            slots=slots,
-            hold_ms=hold_ms,
-            connect_ms=connect_ms,
-            max_held=max_held,
-            pipe_bytes=pipe_bytes,
-            max_connections=max_connections,
-            idle_ms=idle_ms,
-            half_close_ms=half_close_ms,
-        )
-    return _datagram.UdpRelay(
-        listener,
-        control,
-        counters=counters,
-        slot=slot,
-        slots=slots,
-        hold_ms=hold_ms,
-        session_idle_ms=session_idle_ms,
-        max_sessions=max_sessions,
-        gso=bool(flags & flag_gso),
-    )

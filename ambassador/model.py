@@ -25,7 +25,7 @@ class ListenAddress:
     """What a listener takes: a protocol, a range of ports and an address. The key of everything.
 
     `last_port` 0 stands for `first_port`. `address` "" is every address of both families, else an IP literal.
-    Written `6379/tcp`, `30000-30010/udp`, `127.0.0.1:5432/tcp`. Raises ValueError for what no socket can have.
+    Written `6379/tcp`, `30000-30010/udp`, `127.0.0.1:5432/tcp`. Raises ValueError if no socket can have it.
     """
 
     protocol: Protocol
@@ -133,6 +133,7 @@ class TargetState:
     """
 
     target: str
+    origin: str = "-name"
     ports: Mapping[ListenAddress, int] = field(default_factory=lambda: MappingProxyType({}))
     replicas: tuple[Replica, ...] = ()
     options: ListenerOptions | None = None  # None: those of the command line

@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -89,7 +90,7 @@ class ForkServer:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def request(self, descriptors: tuple[int, int, int]) -> None:
+    def request(self, descriptors: Sequence[int]) -> None:
         """Ask for a worker with these. Raises ForkServerGone, or BlockingIOError if it is stuck."""
         try:
             socket.send_fds(self._socket, [b"F"], list(descriptors))

@@ -1,0 +1,35 @@
+"""The counters page of a worker: its common words, and how it is mapped.
+
+Each slot of a listener has a page of its own. The worker in the slot writes it; the parent and the workers of
+the other slots read it. A loop counts in private memory and copies that to the page once a turn: it never reads
+back what it wrote, so nobody can change its decisions through the page.
+"""
+
+from libc.stdint cimport uint64_t
+
+from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+
+cdef enum:  # words that every loop has; a loop's own follow from COUNTER_OWN, in the order of counters.py
+    COUNTER_VERSION = 0
+    COUNTER_GENERATION = 1  # of the update in force
+    COUNTER_BACKENDS = 2  # how many there are in it
+    COUNTER_HEARTBEAT = 3  # CLOCK_MONOTONIC in ms at the latest turn of the loop; 0 until the first
+    COUNTER_SANDBOX = 7  # what the worker gave up (_sandbox.pyx); 0 until it has
+    COUNTER_OWN = 8
+
+cdef enum:
+    COUNTERS_VERSION = 1
+    COUNTERS_BYTES = 4096
+    MAX_SIBLINGS = 63
+
+
+cdef inline uint64_t *counters_map(int fd, bint writable) noexcept nogil:
+    """The page behind `fd`; NULL with errno if it cannot be had."""
+    cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
+    cdef void *page = mmap(NULL, COUNTERS_BYTES, protection, MAP_SHARED, fd, 0)
+    return NULL if page == MAP_FAILED else <uint64_t *>page
+
+
+cdef inline void counters_unmap(uint64_t *page) noexcept nogil:
+    if page != NULL:
+        munmap(page, COUNTERS_BYTES)
