@@ -1,4 +1,4 @@
-"""A worker, the process that serves one slot of a listener, as its parent sees it. Its own life is _worker.pyx.
+"""A worker, the process in one slot of a listener, as its parent sees it. Its own life is _worker.pyx.
 
 Invariants:
 
