@@ -18,7 +18,7 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench calls figures lint image lock audit clean
+.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench calls figures lint reference image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ lint: build ## Check style and types, and that the C compiler has nothing to say
 	@echo "building with -Werror"
 	@rm -rf build/lint
 	@CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --build-lib build/lint --build-temp build/lint
+
+reference: build ## Print docs/reference.md from the tables of options and counters
+	$(BIN)/python -m ambassador.cli.usage > docs/reference.md
 
 image: ## Build the image, tagged grand-ambassador
 	@scripts/toolchain.sh $(PYTHON)

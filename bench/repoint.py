@@ -16,7 +16,8 @@ from ambassador.supervise.forkserver import Nursery
 def main(arguments: list[str]) -> int:
     nursery = Nursery.fork()  # as the program itself: before anything else is imported
     # ruff: disable[PLC0415]
-    from ambassador.model import Backend, DesiredState, Listener, Protocol, Route
+    from ambassador.model import Backend, DesiredState, Listener, Route
+    from ambassador.values import Protocol
     from ambassador.supervise.supervisor import Limits, Supervisor
     # ruff: enable[PLC0415]
 

@@ -18,7 +18,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from ambassador.engine.api import Document
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 DEFAULT_NETWORKS = frozenset({"bridge", "podman"})
 """The networks that a container is on when nobody chose one: Docker's, Podman's."""

@@ -18,7 +18,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import docker
 import docker.tls
@@ -27,6 +27,7 @@ import urllib3
 from docker.constants import MINIMUM_DOCKER_API_VERSION
 from docker.errors import DockerException
 
+from ambassador.engine.address import TlsFiles
 from ambassador.engine.api import EngineError, NoSuchContainer
 
 TIMEOUT_S = 5.0
@@ -46,19 +47,6 @@ _FAULTS = (
 )
 
 T = TypeVar("T")
-
-
-class TlsFiles(Protocol):
-    """Paths of PEM files, empty where not to be used; `verify`: check the Engine's certificate."""
-
-    @property
-    def verify(self) -> bool: ...
-    @property
-    def ca(self) -> str: ...
-    @property
-    def cert(self) -> str: ...
-    @property
-    def key(self) -> str: ...
 
 
 def connect_engine(

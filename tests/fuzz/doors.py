@@ -16,7 +16,7 @@ from typing import Any
 from setproctitle import getproctitle, setproctitle
 
 from ambassador import _control
-from ambassador.cli.arguments import MissingName, UsageError, parse_options, parse_routes
+from ambassador.cli.arguments import Command, MissingName, UsageError, parse_arguments
 from ambassador.control import (
     MAX_PAYLOAD,
     BadRecord,
@@ -32,6 +32,7 @@ from ambassador.discovery.docker_source import target_address as inspect
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
 from ambassador.model import Route, TargetState
 from ambassador.reconcile import merge
+from ambassador.rules import parse_routes
 from ambassador.system.logs import format_line
 from ambassador.system.titles import PROGRAM, set_title
 
@@ -179,21 +180,21 @@ def arguments(data: bytes) -> None:
         environment = dict(word.split("=", 1) for word in words[:at] if "=" in word)
         words = words[at + 1 :]
     try:
-        options = parse_options(words, environment)
+        read = parse_arguments(words, environment)
     except UsageError as error:
         assert is_one_line(str(error))
         assert error.exit_code == 2
-        assert error.usage
+        assert error.usage or str(error).endswith("-help")
         return
     except MissingName as error:
         assert error.exit_code == 1
         return
-    _check_routes(options.routes)
-    for route in options.routes:
-        pack(Start(route.listener, hold_ms=options.hold_ms))
-    assert all(is_one_line(warning) for warning in options.warnings)
-    assert 0 <= options.drain_ms < 1 << 32
-    assert options.docker_host.startswith(("unix://", "tcp://", "")) and options.workers >= 1
+    _check_routes(read.routes)
+    assert all(is_one_line(warning) for warning in read.warnings)
+    assert 0 <= read.listener.drain < 1 << 32
+    assert read.listener.workers >= 1
+    if read.command is Command.FOLLOW:
+        assert read.engine.url.startswith(("unix://", "tcp://"))
 
 
 def routes(data: bytes) -> None:
@@ -201,7 +202,7 @@ def routes(data: bytes) -> None:
     specs = data.decode(errors="surrogateescape").split("\n")
     try:
         _check_routes(parse_routes(specs))
-    except UsageError as error:
+    except ValueError as error:
         assert is_one_line(str(error))
         return
     assert all(spec.partition("%")[0].isascii() for spec in specs)

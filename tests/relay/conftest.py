@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 import ambassador
-from ambassador.control import Destination
-from ambassador.model import Protocol
 from ambassador.supervise.forkserver import ForkServer
+from ambassador.values import Protocol
 
-from .harness import Worker, Yard
+from .harness import Destination, Worker, Yard
 from .peers import Peers
 from .program import Program, Run
 
@@ -50,7 +49,7 @@ def yard(tools: None) -> Iterator[Yard]:
 
 @pytest.fixture
 def start(yard: Yard) -> Iterator[Callable[..., Worker]]:
-    """Start workers: `start(protocol, destination, ..., hold_ms=...)`. They end with the test."""
+    """Start workers: `start(protocol, destination, ..., hold=...)`. They end with the test."""
     with contextlib.ExitStack() as workers:
 
         def start_one(protocol: Protocol, *destinations: Destination, **limits: Any) -> Worker:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import mmap
 import os
 import random
 import select
@@ -17,11 +19,14 @@ from typing import Any
 
 import pytest
 
-from ambassador.control import Destination, Repoint, Start
-from ambassador.model import Listener, Protocol, Sandbox
+from ambassador import _worker
+from ambassador.control import Drain, Start, Update, pack
+from ambassador.counters import COUNTERS
+from ambassador.model import Backend, ListenAddress
+from ambassador.options import ListenerOptions, Sandbox
 from ambassador.supervise import sockets
 from ambassador.supervise.forkserver import Exited, Forked, ForkServer
-from ambassador.supervise.worker import WorkerProcess
+from ambassador.values import Protocol
 
 TIMEOUT_S = 20.0
 """No single step takes longer than this, however busy the machine is."""
@@ -69,10 +74,10 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def bind_free(protocol: Protocol, *, gro: bool = True) -> tuple[Listener, socket.socket]:
+def bind_free(protocol: Protocol, *, gro: bool = True) -> tuple[ListenAddress, socket.socket]:
     """A listening socket as the parent makes it, on a port that nobody has."""
     for _ in range(100):
-        listener = Listener(12_000 + next(_ports) % 20_000, protocol)
+        listener = ListenAddress(protocol, 12_000 + next(_ports) % 20_000)
         with contextlib.suppress(OSError):
             return listener, sockets.bind(listener, gro=gro)
     raise AssertionError("no free port in a hundred")
@@ -86,11 +91,11 @@ class Yard:
         self._forked: list[Forked] = []
         self._exits: dict[int, int] = {}
 
-    def fork(self, descriptors: tuple[int, int, int]) -> Forked:
+    def fork(self, descriptors: typing.Sequence[int]) -> Forked:
         self.fork_server.request(descriptors)
         self._listen(lambda: self._forked, "the fork server forks no worker")
         forked = self._forked.pop()
-        assert forked.pid > 0, f"the nursery could not fork: {os.strerror(-forked.pid)}"
+        assert forked.pid > 0, f"the fork server could not fork: {os.strerror(-forked.pid)}"
         return forked
 
     def exit_code(self, pid: int, timeout_s: float = TIMEOUT_S) -> int:
@@ -128,6 +133,46 @@ class Yard:
             self._take()
 
 
+Destination = tuple[int, Backend]
+"""A backend with the id that the listener has given it."""
+
+
+class Handle:
+    """The parent's end of a worker: its control pipe and its counters page. The smallest that works."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self.counters_fd = os.memfd_create("counters")
+        os.ftruncate(self.counters_fd, _worker.COUNTERS_BYTES)
+        self._page = mmap.mmap(self.counters_fd, _worker.COUNTERS_BYTES)
+        self._words = memoryview(self._page).cast("Q")
+        self.control_read, self.control_write = os.pipe()
+
+    def send(self, *records: Start | Update | Drain) -> None:
+        os.write(self.control_write, b"".join(map(pack, records)))
+
+    def counters(self) -> Mapping[str, int]:
+        words = self._words
+        values = {
+            "generation": words[_worker.GENERATION_WORD],
+            "backends": words[_worker.BACKENDS_WORD],
+        }
+        for place, counter in enumerate(COUNTERS[self.protocol], _worker.FIRST_COUNTER):
+            values[counter.name] = words[place]
+        return values
+
+    @property
+    def sandbox(self) -> int:
+        return self._words[_worker.SANDBOX_WORD]
+
+    def close(self) -> None:
+        self._words.release()
+        self._page.close()
+        for fd in (self.control_write, self.control_read, self.counters_fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
 class Worker:
     """A running worker, from outside: its port, its counters, its handle."""
 
@@ -138,25 +183,32 @@ class Worker:
         *destinations: Destination,
         gro: bool = True,
         takes_over: Worker | None = None,
-        **limits: Any,  # whatever Start takes
+        sandbox: Sandbox = Sandbox.AUTO,
+        **options: Any,  # of ListenerOptions
     ) -> None:
         """`takes_over` is a dead worker whose listening socket this one gets."""
         if SANITIZED:
-            limits.setdefault("sandbox", Sandbox.OFF)
+            sandbox = Sandbox.OFF
         self.yard = yard
-        self.handle: WorkerProcess
         self.protocol = protocol
         self.generation = 1
+        self.options = ListenerOptions(**options)
+        self.destinations = destinations
         if takes_over is None:
-            listener, self.listener = bind_free(protocol, gro=gro)
+            self.listen, self.listener = bind_free(protocol, gro=gro)
         else:
-            listener, self.listener = takes_over.handle.listener, takes_over.listener.dup()
-        self.port = listener.port
-        self.handle = WorkerProcess(Start(listener, **limits), Repoint(1, destinations, "test"))
-        forked = yard.fork(self.handle.passed_fds(self.listener.fileno()))
-        self.handle.started(forked.pid, forked.pidfd)
-        self.pid = forked.pid
+            self.listen, self.listener = takes_over.listen, takes_over.listener.dup()
+        self.port = self.listen.first_port
+        self.handle = Handle(protocol)
+        self.handle.send(Start(protocol, sandbox=sandbox), self._update())
+        passed = (self.listener.fileno(), self.handle.control_read, self.handle.counters_fd)
+        forked = yard.fork(passed)
+        os.close(self.handle.control_read)
+        self.pid, self.pidfd = forked.pid, forked.pidfd
         self.wait_for(generation=1)
+
+    def _update(self) -> Update:
+        return Update(self.generation, self.options, self.destinations, title="test")
 
     def repoint(self, *destinations: Destination) -> None:
         """Tell it the new list, and wait until it is in force."""
@@ -165,7 +217,18 @@ class Worker:
 
     def tell(self, *destinations: Destination) -> None:
         self.generation += 1
-        self.handle.repoint(Repoint(self.generation, destinations, "test"))
+        self.destinations = destinations
+        self.handle.send(self._update())
+
+    def change(self, **options: Any) -> None:
+        """Give it new values of some options, and wait until they are in force."""
+        self.options = dataclasses.replace(self.options, **options)
+        self.generation += 1
+        self.handle.send(self._update())
+        self.wait_for(generation=self.generation)
+
+    def drain(self, deadline_ms: int) -> None:
+        self.handle.send(Drain(deadline_ms))
 
     def counters(self) -> Mapping[str, int]:
         return self.handle.counters()
@@ -199,7 +262,8 @@ class Worker:
         return stopped(self.pid)
 
     def kill(self) -> None:
-        self.handle.kill()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         self.yard.exit_code(self.pid)
 
     def close(self) -> None:
@@ -207,6 +271,7 @@ class Worker:
         if not self.yard.has_exited(self.pid):
             self.kill()
         self.handle.close()
+        os.close(self.pidfd)
         self.listener.close()
 
 

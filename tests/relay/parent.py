@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from ambassador.model import Backend, DesiredState, Listener, Protocol, Route, Sandbox
+from ambassador.model import Backend, DesiredState, Listener, Route
+from ambassador.options import Sandbox
 from ambassador.supervise.forkserver import ForkServer
 from ambassador.supervise.supervisor import Limits, Supervisor
+from ambassador.values import Protocol
 
 from .harness import SANITIZED, TIMEOUT_S, wait_until
 from .watched import Watched, children, title
@@ -100,7 +102,7 @@ def routes(lines: Sequence[tuple[int, str, Sequence[Address]]]) -> dict[Listener
 def main(hold_ms: int, lines: IO[str]) -> int:
     wanted = DesiredState()
     # The fork server first: it is forked, which is safe only while there is no thread.
-    limits = Limits(hold_ms=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
+    limits = Limits(hold=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
     supervisor = Supervisor(ForkServer.fork(), lambda: wanted, limits)
 
     def listen() -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ambassador.control import Destination
+from ambassador.model import Backend
 
 from .harness import TIMEOUT_S, Worker
 
@@ -25,10 +25,10 @@ def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def destination(server: socket.socket, identity: int = 1) -> Destination:
+def destination(server: socket.socket, identity: int = 1) -> tuple[int, Backend]:
     """The server as a backend."""
     host, port = server.getsockname()[:2]
-    return Destination(host, port, identity)
+    return (identity, Backend(host, port))
 
 
 class Peers:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .harness import SANITIZED, TIMEOUT_S, bind_free, wait_until
 

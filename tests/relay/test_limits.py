@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .conftest import Start
 from .echo import Echo
@@ -142,7 +142,7 @@ def check_ends_after(sock: socket.socket, since: float, wanted_s: float) -> None
 def test_a_silent_connection_is_reset(start_tcp: Start, peers: Peers, speaker: str) -> None:
     """T11: so long after the last byte, whoever sent it."""
     server = peers.server()
-    worker = start_tcp(destination(server), idle_ms=IDLE_MS)
+    worker = start_tcp(destination(server), idle_timeout=IDLE_MS)
     client, backend = peers.pair(worker, server)
     sender, reader = (client, backend) if speaker == "client" else (backend, client)
     for _ in range(6):
@@ -159,7 +159,7 @@ def test_a_silent_connection_is_reset(start_tcp: Start, peers: Peers, speaker: s
 def test_silence_from_the_beginning(start_tcp: Start, peers: Peers) -> None:
     """T11: a connection that never said anything; one that is never silent stays."""
     server = peers.server()
-    worker = start_tcp(destination(server), idle_ms=IDLE_MS)
+    worker = start_tcp(destination(server), idle_timeout=IDLE_MS)
     begin = time.monotonic()
     silent, _ = peers.pair(worker, server)
     talking = peers.pair(worker, server)
@@ -176,7 +176,7 @@ def test_silence_from_the_beginning(start_tcp: Start, peers: Peers) -> None:
 def test_stuck_bytes_are_silence(start_tcp: Start, peers: Peers) -> None:
     """T11: a connection whose reader does not read is as idle as one that has nothing to say."""
     server = peers.server()
-    worker = start_tcp(destination(server), idle_ms=IDLE_MS)
+    worker = start_tcp(destination(server), idle_timeout=IDLE_MS)
     client, _ = peers.pair(worker, server)
     fill(client)
     worker.wait_for(idle_closed=1, active=0)
@@ -190,7 +190,7 @@ HALF_MS = 1_000
 def test_a_half_closed_connection_is_reset(start_tcp: Start, peers: Peers, ended: str) -> None:
     """T10: so long after the one end, however much the other side still says."""
     server = peers.server()
-    worker = start_tcp(destination(server), half_close_ms=HALF_MS)
+    worker = start_tcp(destination(server), half_close_timeout=HALF_MS)
     other = peers.pair(worker, server)
     client, backend = peers.pair(worker, server)
     reader, sender = (client, backend) if ended == "client" else (backend, client)
@@ -210,7 +210,7 @@ def test_a_half_closed_connection_is_reset(start_tcp: Start, peers: Peers, ended
 def test_a_second_end_in_time_is_clean(start_tcp: Start, peers: Peers) -> None:
     """T10: the deadline is for those that do not end."""
     server = peers.server()
-    worker = start_tcp(destination(server), half_close_ms=HALF_MS)
+    worker = start_tcp(destination(server), half_close_timeout=HALF_MS)
     client, backend = peers.pair(worker, server)
     client.shutdown(socket.SHUT_WR)
     assert read_to_end(backend) == b""
@@ -225,7 +225,7 @@ def test_a_second_end_in_time_is_clean(start_tcp: Start, peers: Peers) -> None:
 def test_the_first_deadline_counts(start_tcp: Start, peers: Peers) -> None:
     """T10, T11: both are set; a long one does not put off the short one."""
     server = peers.server()
-    worker = start_tcp(destination(server), idle_ms=600_000, half_close_ms=300)
+    worker = start_tcp(destination(server), idle_timeout=600_000, half_close_timeout=300)
     client, _ = peers.pair(worker, server)
     time.sleep(0.1)
     since = time.monotonic()

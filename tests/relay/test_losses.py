@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from ambassador.control import Destination
+from ambassador.model import Backend
 from ambassador.supervise.worker import LOSSES
 
 from .conftest import Start
@@ -15,7 +15,7 @@ from .peers import Peers
 def test_a_rejected_connection_is_a_loss_once(start_tcp: Start, peers: Peers) -> None:
     """C11: nobody listens: refused within the hold policy, and counted."""
     refusing = peers.bound()
-    worker = start_tcp(Destination("127.0.0.1", refusing.getsockname()[1], 1), hold_ms=50)
+    worker = start_tcp((1, Backend("127.0.0.1", refusing.getsockname()[1])), hold=50)
     assert worker.handle.losses() == {}
     for _ in range(3):
         assert peers.is_refused(worker)
@@ -29,7 +29,7 @@ def test_a_rejected_connection_is_a_loss_once(start_tcp: Start, peers: Peers) ->
 
 def test_a_dropped_datagram_is_a_loss(start_udp: Start, peers: Peers) -> None:
     client = peers.udp()
-    worker = start_udp(hold_ms=0)
+    worker = start_udp(hold=0)
     client.sendto(b"lost", ("127.0.0.1", worker.port))
     worker.wait_for(dropped_no_backend=1)
     assert worker.handle.losses() == {"dropped_no_backend": 1}
@@ -41,7 +41,7 @@ def test_every_loss_is_a_counter_of_some_loop(start_tcp: Start, start_udp: Start
 
 def test_an_ordinary_end_is_no_loss(start_tcp: Start, peers: Peers) -> None:
     server = peers.server()
-    worker = start_tcp(Destination("127.0.0.1", server.getsockname()[1], 1))
+    worker = start_tcp((1, Backend("127.0.0.1", server.getsockname()[1])))
     client, backend = peers.pair(worker, server)
     client.shutdown(socket.SHUT_WR)
     backend.close()

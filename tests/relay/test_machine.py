@@ -39,7 +39,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .crowd import NARROW_SERVER, Crowd, End
 from .harness import (
@@ -384,7 +384,7 @@ class Machine(RuleBasedStateMachine):
         # They expire after 90 s (test_udp.py has that); until then there is one to a client.
         assert sessions <= len(self.crowd.udp.clients)
         self.check_descriptors(
-            tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["parked"]
+            tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["spare"]
         )
         self.check_descriptors(udp, lambda: sessions)
         for worker in (tcp, udp):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .conftest import Start
 from .harness import native, wait_until

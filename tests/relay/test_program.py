@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.docker.engine import HostAmbassador
 from tests.docker.processes import Process, descendants
 

@@ -23,9 +23,10 @@ import pytest
 import ambassador
 from ambassador import _sandbox
 from ambassador._worker import COUNTERS_BYTES, EXIT_NO_SANDBOX
-from ambassador.model import Protocol, Sandbox
+from ambassador.options import Sandbox
 from ambassador.supervise import sandbox
 from ambassador.supervise.worker import WorkerProcess
+from ambassador.values import Protocol
 
 from .conftest import Start as StartWorker
 from .echo import Echo

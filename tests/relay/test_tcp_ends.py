@@ -212,7 +212,7 @@ def test_drain_resets_what_is_left(start_tcp: Start, peers: Peers) -> None:
     worker = start_tcp(destination(server))
     finishing, finishing_backend = peers.pair(worker, server)
     staying, staying_backend = peers.pair(worker, server)
-    worker.handle.drain(1500)
+    worker.drain(1500)
     worker.listener.close()
     wait_until(lambda: 3 not in worker.descriptors(), "the listener stays open")
     with pytest.raises(ConnectionRefusedError):
@@ -233,7 +233,7 @@ def test_drain_ends_with_the_last_connection(start_tcp: Start, peers: Peers) -> 
     server = peers.server()
     worker = start_tcp(destination(server))
     client, backend = peers.pair(worker, server)
-    worker.handle.drain(60_000)
+    worker.drain(60_000)
     client.close()
     assert read_to_end(backend) == b""
     backend.close()

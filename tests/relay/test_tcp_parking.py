@@ -60,7 +60,7 @@ def test_one_socket_serves_one_connection_after_the_other(
     baseline = len(worker.descriptors())
     for number in range(20):
         visit(peers, worker, server, first, b"%4d" % number)
-        worker.wait_for(closed=number + 1, parked=1, reused=number)
+        worker.wait_for(closed=number + 1, spare=1, reused=number)
     assert len(worker.descriptors()) == baseline + 1
     check_tcp_counters(worker)
 
@@ -76,7 +76,7 @@ def test_what_one_connection_was_the_next_is_not(start_tcp: Start, peers: Peers)
     for end in (client, backend):
         end.shutdown(socket.SHUT_WR)
     assert read_to_end(client) == read_to_end(backend) == b""
-    worker.wait_for(closed=1, parked=1, reused=0)
+    worker.wait_for(closed=1, spare=1, reused=0)
     client, backend = peers.pair(worker, server)
     exchange(client, backend, 8 * MIB)
     worker.wait_for(closed=2, reused=1, reset=0)
@@ -91,7 +91,7 @@ def test_what_was_bulk_is_not_used_again(start_tcp: Start, peers: Peers) -> None
     assert worker.counter("pipes_open") > 0, "nothing was spliced"
     worker.wait_for(closed=1, active=0)
     visit(peers, worker, server, "client", b"next")
-    worker.wait_for(closed=2, parked=1, reused=0)
+    worker.wait_for(closed=2, spare=1, reused=0)
 
 
 @pytest.mark.parametrize("timestamps", [0, 1])
@@ -108,7 +108,7 @@ def test_a_socket_that_has_no_timestamps(start_tcp: Start, peers: Peers, timesta
         for count in range(1, 6):
             visit(peers, worker, server, "client", b"to another host")
             worker.wait_for(closed=count)
-        worker.wait_for(active=0, reset=0, reused=4 * timestamps, parked=timestamps)
+        worker.wait_for(active=0, reset=0, reused=4 * timestamps, spare=timestamps)
 
 
 def test_a_refused_socket_leaves_nothing_to_its_successor(start_tcp: Start, peers: Peers) -> None:
@@ -119,7 +119,7 @@ def test_a_refused_socket_leaves_nothing_to_its_successor(start_tcp: Start, peer
     _two_writes(client, backend)
     for end in (client, backend):
         end.close()
-    worker.wait_for(parked=1)
+    worker.wait_for(spare=1)
     address = server.getsockname()
     server.close()
     client = peers.connect(worker)
@@ -159,12 +159,12 @@ def test_many_at_once(start_tcp: Start, peers: Peers) -> None:
             with ThreadPoolExecutor(16) as threads:
                 list(threads.map(talk, range(500 * burst, 500 * burst + 500)))
             worker.wait_for(active=0, accepted=600 * (burst + 1))
-            assert 0 < worker.counter("parked") <= PARKED_MOST
+            assert 0 < worker.counter("spare") <= PARKED_MOST
         assert len(worker.descriptors()) <= baseline + PARKED_MOST
         assert echo.accepted == 3000
     assert worker.counter("reused") > 2000, "hardly any socket was used again"
     worker.wait_for(closed=3000, reset=0, dial_failed=0, held_total=0)
-    worker.wait_for(parked=0)
+    worker.wait_for(spare=0)
     assert len(worker.descriptors()) == baseline, "after a quiet heartbeat none is kept"
     check_tcp_counters(worker)
 
@@ -199,7 +199,7 @@ def test_what_is_not_acknowledged_yet_is_not_given_up(start_tcp: Start, peers: P
     data = random.Random(1).randbytes(90_000)  # more than a window, less than a bulk stream
     client.sendall(data)
     client.close()
-    worker.wait_for(closed=1, active=0, parked=0)
+    worker.wait_for(closed=1, active=0, spare=0)
     again, other = peers.pair(worker, server)
     again.sendall(b"another")
     assert read_exactly(other, 7) == b"another"
@@ -219,7 +219,7 @@ def test_a_reset_is_the_end_of_the_socket(start_tcp: Start, peers: Peers, whose:
         assert read_exactly(other, 1) == b"x"
         reset(one)
         assert read_to_reset(other) == b""
-        worker.wait_for(reset=count, active=0, parked=0, reused=0)
+        worker.wait_for(reset=count, active=0, spare=0, reused=0)
 
 
 def test_a_repoint_takes_none_along(start_tcp: Start, peers: Peers) -> None:
@@ -228,9 +228,9 @@ def test_a_repoint_takes_none_along(start_tcp: Start, peers: Peers) -> None:
     worker = start_tcp(destination(server))
     baseline = len(worker.descriptors())
     visit(peers, worker, server, "backend", b"old")
-    worker.wait_for(parked=1)
+    worker.wait_for(spare=1)
     worker.repoint(destination(other, 2))
-    assert worker.counter("parked") == 0  # and not only after a quiet heartbeat
+    assert worker.counter("spare") == 0  # and not only after a quiet heartbeat
     assert len(worker.descriptors()) == baseline
     visit(peers, worker, other, "backend", b"new")
     worker.wait_for(closed=2, reused=0)
@@ -243,7 +243,7 @@ def test_backends_of_two_families(start_tcp: Start, peers: Peers) -> None:
     for number in range(10):
         visit(peers, worker, servers[number % 2], "backend", b"%d" % number)
         worker.wait_for(closed=number + 1)
-    worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, parked=1)
+    worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, spare=1)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def narrow(start_tcp: Start, peers: Peers) -> tuple[Worker, socket.socket, int]:
     for pair in pairs:
         for end in pair:
             end.close()
-    worker.wait_for(parked=10)
+    worker.wait_for(spare=10)
     limit = first + 6  # about three of the clients', which are free, and three that are parked
     watched.descriptor_limit(limit)
     return worker, server, limit - sum(fd < limit for fd in worker.descriptors())
@@ -272,7 +272,7 @@ def test_parked_sockets_make_room(narrow: tuple[Worker, socket.socket, int], pee
         assert read_exactly(backend, 1) == b"%d" % number
     assert worker.counter("no_descriptor") == 0
     assert worker.counter("reused") == free
-    assert worker.counter("parked") == 0
+    assert worker.counter("spare") == 0
 
 
 def test_held_clients_get_the_descriptors(
@@ -281,7 +281,7 @@ def test_held_clients_get_the_descriptors(
     """R1: while there is no backend nothing is kept for it."""
     worker, _, free = narrow
     worker.repoint()
-    assert worker.counter("parked") == 0
+    assert worker.counter("spare") == 0
     clients = [peers.connect(worker) for _ in range(free + 2)]
     wait_until(lambda: worker.counter("held") == len(clients), "they are not accepted")
     assert worker.counter("no_descriptor") == 0
@@ -295,6 +295,6 @@ def test_a_full_backend_keeps_its_bytes(start_tcp: Start, peers: Peers) -> None:
     sent = fill(client)
     reset(backend)
     assert sent > 0
-    worker.wait_for(reset=1, active=0, parked=0)
+    worker.wait_for(reset=1, active=0, spare=0)
     visit(peers, worker, server, "client", b"next")
     check_tcp_counters(worker)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.control import Destination
+from ambassador.model import Backend
 from ambassador.supervise import sockets
 from tests.docker.engine import HostAmbassador
 
@@ -251,7 +251,7 @@ def test_flood_of_connections(start_tcp: Start, peers: Peers) -> None:
 
 def test_flood_of_held_connections(start_tcp: Start, peers: Peers) -> None:
     """S7: while there is no backend a flood fills the list and no more; after it all is well."""
-    worker = start_tcp(max_held=100, hold_ms=1_000)
+    worker = start_tcp(max_held=100, hold=1_000)
     before = private_bytes(worker.pid)
     flood = [peers.connect(worker) for _ in range(100)]
     worker.wait_for(held=100)
@@ -261,7 +261,7 @@ def test_flood_of_held_connections(start_tcp: Start, peers: Peers) -> None:
         assert read_to_reset(sock) == b""
     worker.wait_for(held=0, active=0, rejected=300)
     server = peers.server()
-    worker.repoint(Destination("127.0.0.1", server.getsockname()[1], 1))
+    worker.repoint((1, Backend("127.0.0.1", server.getsockname()[1])))
     client, backend = peers.pair(worker, server)
     client.sendall(b"x")
     assert read_exactly(backend, 1) == b"x"

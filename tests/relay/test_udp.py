@@ -322,7 +322,7 @@ def test_a_batch_after_a_refusal(start_udp: Start, peers: Peers, gso: bool) -> N
 def test_an_idle_session_expires(start_udp: Start, peers: Peers) -> None:
     """U6, invariant 4: a session without traffic ends after the idle time; its socket is closed."""
     server = peers.udp()
-    worker = start_udp(destination(server), session_idle_ms=400)
+    worker = start_udp(destination(server), udp_timeout=400)
     baseline = len(worker.descriptors())
     clients = [peers.udp() for _ in range(10)]
     begin = time.monotonic()
@@ -340,7 +340,7 @@ def test_an_idle_session_expires(start_udp: Start, peers: Peers) -> None:
 def test_a_one_way_session_survives(start_udp: Start, peers: Peers, way: str) -> None:
     """U6: traffic in one direction alone keeps a session for many idle times."""
     server, client = peers.udp(), peers.udp()
-    worker = start_udp(destination(server), session_idle_ms=400)
+    worker = start_udp(destination(server), udp_timeout=400)
     to = ("127.0.0.1", worker.port)
     session = talk(client, to, server)
     for number in range(20):
@@ -634,11 +634,11 @@ def test_drain(start_udp: Start, peers: Peers, recent: bool) -> None:
         client.sendto(b"ping", ("127.0.0.1", worker.port))
         _, session = server.recvfrom(100)
         with worker.stopped():
-            worker.handle.drain(10_000)
+            worker.drain(10_000)
             server.sendto(b"pong", session)
         assert client.recv(100) == b"pong"
     else:
-        worker.handle.drain(10_000)
+        worker.drain(10_000)
     assert worker.yard.exit_code(worker.pid, timeout_s=3) == 0
 
 
@@ -701,7 +701,7 @@ def test_the_queue_comes_before_what_is_new(start_udp: Start, peers: Peers) -> N
 def test_no_hold_drops(start_udp: Start, peers: Peers) -> None:
     """U7: `-hold 0`: without a backend datagrams are dropped and counted, and none comes late."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=0)
+    worker = start_udp(hold=0)
     for _ in range(5):
         client.sendto(b"x", ("127.0.0.1", worker.port))
     worker.wait_for(dropped_no_backend=5, queued=0)
@@ -713,7 +713,7 @@ def test_no_hold_drops(start_udp: Start, peers: Peers) -> None:
 def test_what_waited_too_long_is_dropped(start_udp: Start, peers: Peers) -> None:
     """U7: datagrams older than the window are dropped and counted, later ones are sent."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     to = ("127.0.0.1", worker.port)
     for number in range(5):
         client.sendto(datagram(1, number, 50), to)
@@ -731,7 +731,7 @@ def test_what_waited_too_long_is_dropped(start_udp: Start, peers: Peers) -> None
 def test_a_full_queue_makes_room_with_time(start_udp: Start, peers: Peers) -> None:
     """U7: a queue full of datagrams that are too old takes new ones in their place."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     to = ("127.0.0.1", worker.port)
     for number in range(64):
         client.sendto(datagram(1, number, 50), to)

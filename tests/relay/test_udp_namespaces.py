@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from ambassador.control import Destination
+from ambassador.model import Backend
 
 from .conftest import Start
 from .datagrams import SMALLEST, Address, datagram, receive, send_run
-from .harness import Worker, check_udp_counters
+from .harness import Destination, Worker, check_udp_counters
 from .namespaces import Namespace, linked
 from .peers import Peers
 
@@ -46,7 +46,7 @@ def udp_in(peers: Peers, namespace: Namespace, family: socket.AddressFamily) -> 
 
 def backend_at(sock: socket.socket) -> Destination:
     host, port = sock.getsockname()[:2]
-    return Destination(host, port, 1)
+    return (1, Backend(host, port))
 
 
 @pytest.fixture(params=[True, False], ids=["gso", "no-gso"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ambassador.control import Destination
+from ambassador.model import Backend
 
 from .conftest import Start
 from .datagrams import datagram, number_of, numbers, receive
@@ -45,7 +45,7 @@ def test_what_waited_reaches_a_server_that_listens_late(
             for who, client in enumerate(clients):
                 client.sendto(datagram(who, number, 60), ("127.0.0.1", worker.port))
         worker.wait_for(queued=60)
-        worker.repoint(Destination("127.0.0.1", port, 1))
+        worker.repoint((1, Backend("127.0.0.1", port)))
         time.sleep(late_s)
         clients[0].sendto(datagram(0, 20, 60), ("127.0.0.1", worker.port))
         worker.wait_for(received_from_client=61, queued=61)
@@ -66,7 +66,7 @@ def test_a_server_that_listens_gets_the_rest_at_once(start_udp: Start, peers: Pe
     for number in range(64):
         client.sendto(datagram(1, number, 60), ("127.0.0.1", worker.port))
     worker.wait_for(queued=64)
-    worker.repoint(Destination("127.0.0.1", server.getsockname()[1], 1))
+    worker.repoint((1, Backend("127.0.0.1", server.getsockname()[1])))
     assert numbers(receive(server, 64)) == list(range(64))
     assert worker.counter("refused") == 0
     check_udp_counters(worker)
@@ -77,7 +77,7 @@ def test_a_burst_in_the_moment_of_the_repoint_is_not_cut(start_udp: Start, peers
     client, server = peers.udp(), peers.udp()
     worker = start_udp()
     with worker.stopped():
-        worker.tell(Destination("127.0.0.1", server.getsockname()[1], 1))
+        worker.tell((1, Backend("127.0.0.1", server.getsockname()[1])))
         for number in range(150):
             client.sendto(datagram(1, number, 60), ("127.0.0.1", worker.port))
     assert numbers(receive(server, 150)) == list(range(150))
@@ -87,9 +87,9 @@ def test_a_burst_in_the_moment_of_the_repoint_is_not_cut(start_udp: Start, peers
 def test_the_window_ends(start_udp: Start, peers: Peers) -> None:
     """U3: nobody ever listens: the queue is given up after the hold window, counted, and no retry goes on."""
     client = peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     with reserved() as port:
-        worker.repoint(Destination("127.0.0.1", port, 1))
+        worker.repoint((1, Backend("127.0.0.1", port)))
         client.sendto(b"never", ("127.0.0.1", worker.port))
         worker.wait_for(queued=1)
         worker.wait_for(queued=0)
@@ -107,10 +107,10 @@ def test_a_target_that_goes_away_during_the_trial(start_udp: Start, peers: Peers
         client.sendto(b"one", ("127.0.0.1", worker.port))
         client.sendto(b"two", ("127.0.0.1", worker.port))
         worker.wait_for(queued=2)
-        worker.repoint(Destination("127.0.0.1", port, 1))
+        worker.repoint((1, Backend("127.0.0.1", port)))
         worker.wait_for(queued=2)
         worker.repoint()
-        worker.repoint(Destination("127.0.0.1", server.getsockname()[1], 2))
+        worker.repoint((2, Backend("127.0.0.1", server.getsockname()[1])))
         assert receive(server, 2) == [b"one", b"two"]
     worker.wait_for(queued=0)
 
@@ -123,12 +123,12 @@ def test_a_trial_that_a_repoint_cuts_short(start_udp: Start, peers: Peers) -> No
         client.sendto(datagram(1, number, 60), ("127.0.0.1", worker.port))
     worker.wait_for(queued=5)
     with worker.stopped():  # so that both changes come before the trial is over
-        worker.tell(Destination("127.0.0.1", server.getsockname()[1], 1))
+        worker.tell((1, Backend("127.0.0.1", server.getsockname()[1])))
         worker.tell()
     worker.wait_for(generation=3)
     assert numbers(receive(server, 1)) == [0]
     check_udp_counters(worker)
-    worker.repoint(Destination("127.0.0.1", other.getsockname()[1], 2))
+    worker.repoint((2, Backend("127.0.0.1", other.getsockname()[1])))
     assert numbers(receive(other, 4)) == [1, 2, 3, 4]
     worker.wait_for(queued=0, sent_to_backend=5)
     check_udp_counters(worker)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .echo import Echo
 from .harness import is_gone, stopped, wait_until

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from ambassador._worker import COUNTERS_BYTES, EXIT_BAD_CONTROL, EXIT_DRAINED, EXIT_PARENT_GONE
-from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
-from ambassador.model import Protocol
+from ambassador.control import VERSION, Drain, Repoint, Start, pack
+from ambassador.model import Backend
 from ambassador.supervise import sockets
 from ambassador.supervise.forkserver import ForkServer
 from ambassador.system.titles import title_of
+from ambassador.values import Protocol
 
 from .conftest import Start as StartWorker
 from .harness import Worker, Yard, bind_free, is_gone, stopped, wait_until
@@ -165,7 +166,7 @@ class Bare:
         lambda _: b"",
         lambda start: start[:7],
         lambda start: start,
-        lambda start: start + pack(Repoint(1, (Destination("127.0.0.1", 1, 1),), "x")),
+        lambda start: start + pack(Repoint(1, ((1, Backend("127.0.0.1", 1)),), "x")),
         lambda start: start + pack(Repoint(1))[:-1],
     ],
     ids=["nothing", "half-a-start", "start", "repoint", "half-a-repoint"],
@@ -236,7 +237,7 @@ def test_a_full_control_pipe(start_tcp: StartWorker, peers: Peers) -> None:
     """W6: thousands of repoints for a stopped worker: the parent never blocks; the newest one wins."""
     server, last = peers.server(), peers.server()
     worker = start_tcp(destination(server))
-    many = tuple(Destination("192.0.2.1", 80, number) for number in range(100, 150))
+    many = tuple((number, Backend("192.0.2.1", 80)) for number in range(100, 150))
     with worker.stopped():
         slowest = 0.0
         for _ in range(5000):
@@ -260,7 +261,7 @@ def test_repointing_a_dead_worker(start_tcp: StartWorker) -> None:
     worker = start_tcp()
     worker.kill()
     for _ in range(1000):
-        worker.tell(Destination("192.0.2.1", 80, 1))
+        worker.tell((1, Backend("192.0.2.1", 80)))
     assert worker.handle.blocked_on == -1
 
 
@@ -376,7 +377,7 @@ def test_an_idle_worker_only_beats(start: Callable[..., Worker], peers: Peers) -
     udp_server, udp_client = peers.udp(), peers.udp()
     tcp = start(Protocol.TCP, destination(server))
     udp = start(Protocol.UDP, destination(udp_server))
-    holding = start(Protocol.TCP, hold_ms=600_000)
+    holding = start(Protocol.TCP, hold=600_000)
     peers.connect(holding)
     holding.wait_for(held=1)
     for number in range(12):

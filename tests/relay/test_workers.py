@@ -8,7 +8,7 @@ import socket
 
 import psutil
 
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 
 from .echo import Echo
 from .harness import bind_free, is_gone, wait_until

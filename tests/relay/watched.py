@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ambassador._worker import BACKENDS_WORD, COUNTERS_BYTES, FIRST_COUNTER, GENERATION_WORD
-from ambassador.model import Protocol
 from ambassador.supervise.worker import COUNTERS
+from ambassador.values import Protocol
 
 _COMMON = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
 

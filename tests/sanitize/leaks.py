@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ambassador import _datagram, _splice
 from ambassador.control import Repoint, pack
-from ambassador.model import Protocol
+from ambassador.values import Protocol
 from tests.relay.echo import Echo
 from tests.relay.harness import bind_free
 from tests.relay.peers import read_exactly, reset

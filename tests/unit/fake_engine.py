@@ -13,7 +13,8 @@ from typing import Any
 
 from ambassador.discovery.docker_source import DockerSource
 from ambassador.engine.api import EngineError, NoSuchContainer
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 DOCUMENTS = json.loads((Path(__file__).parent / "documents" / "engine-20.10.json").read_text())
 REDIS = frozenset({Listener(6379, Protocol.TCP)})

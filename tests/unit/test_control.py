@@ -25,7 +25,8 @@ from ambassador.control import (
     Unpacker,
     pack,
 )
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 HEADER_BYTES = 16
 BACKEND_BYTES = 32

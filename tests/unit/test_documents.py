@@ -24,7 +24,8 @@ from ambassador.discovery.documents import (
     started_after,
 )
 from ambassador.discovery.target_address import target_state
-from ambassador.model import Listener, Protocol
+from ambassador.model import Listener
+from ambassador.values import Protocol
 
 DOCUMENTS = Path(__file__).parent / "documents"
 ENGINES = ("engine-20.10", "engine-26", "engine-29", "podman-5")

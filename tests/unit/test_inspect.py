@@ -17,7 +17,8 @@ from ambassador.discovery.target_address import (
     no_address_problem,
     target_state,
 )
-from ambassador.model import Listener, Protocol, TargetState
+from ambassador.model import Listener, TargetState
+from ambassador.values import Protocol
 
 DOCUMENTS = Path(__file__).parent / "documents"
 DOCKERS = ("engine-20.10", "engine-26", "engine-29")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.model import Backend, DesiredState, Listener, Protocol, Route, TargetState
+from ambassador.model import Backend, DesiredState, Listener, Route, TargetState
+from ambassador.values import Protocol
 
 LISTENER = Listener(6379, Protocol.TCP)
 BACKEND = Backend("172.17.0.3", 6379, "c1", "2026-11-22T23:00:00Z")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ambassador.control import Repoint, Start, Unpacker
-from ambassador.model import Listener, Protocol, Route
+from ambassador.model import Listener, Route
+from ambassador.values import Protocol
 from ambassador.supervise.post import (
     DEGRADED_AFTER,
     RESTART_FIRST_S,

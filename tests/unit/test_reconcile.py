@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.model import Backend, Listener, Protocol, Route, TargetState
+from ambassador.model import Backend, Listener, Route, TargetState
+from ambassador.values import Protocol
 from ambassador.reconcile import MAX_LISTENERS, Repoint, Start, Stop, merge, plan
 
 TCP, UDP = Protocol.TCP, Protocol.UDP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ambassador.model import ProcessState
+from ambassador.system.processes import ProcessState
 from ambassador.supervise.watchdog import (
     BUSY_TIMEOUT_S,
     MIN_INTERVAL_S,
