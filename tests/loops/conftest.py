@@ -38,7 +38,7 @@ def yard(tools: None) -> Iterator[Yard]:
 
 @pytest.fixture
 def start(yard: Yard) -> Iterator[StartWorker]:
-    """StartWorker workers: `start(protocol, destination, ..., hold_ms=...)`. They end with the test."""
+    """StartWorker workers: `start(protocol, destination, ..., hold=...)`. They end with the test."""
     with contextlib.ExitStack() as workers:
 
         def start_one(protocol: Protocol, *destinations: Destination, **limits: Any) -> Worker:

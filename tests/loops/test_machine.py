@@ -106,11 +106,11 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def port(self) -> int:
-        return self.listeners[Protocol.TCP].port
+        return self.listeners[Protocol.TCP].first_port
 
     @property
     def udp_port(self) -> int:
-        return self.listeners[Protocol.UDP].port
+        return self.listeners[Protocol.UDP].first_port
 
     @initialize(servers=ROUTES)
     def begin(self, servers: tuple[int, ...]) -> None:
@@ -377,7 +377,7 @@ class Machine(RuleBasedStateMachine):
         # They expire after 90 s (test_udp.py has that); until then there is one to a client.
         assert sessions <= len(self.crowd.udp.clients)
         self.check_descriptors(
-            tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["parked"]
+            tcp, lambda: 2 * tcp.counters()["pipes_open"] + tcp.counters()["spare"]
         )
         self.check_descriptors(udp, lambda: sessions)
         for worker in (tcp, udp):

@@ -247,7 +247,7 @@ def test_clock_jumps(run: Run, peers: Peers, tmp_path: Path, days: int) -> None:
             assert read_to_reset(later) == b""
             assert 0.7 < time.monotonic() - begin < 3
 
-        program.wait_for_line("no backend within the hold window", since=first_line)
+        program.wait_for_line("no backend within -hold", since=first_line)
         (worker,) = workers(program.pid, dead)
         os.kill(worker.pid, signal.SIGKILL)
         line = program.wait_for_line("worker exited, restarting", since=first_line)
@@ -283,7 +283,7 @@ def test_two_that_point_at_each_other(run: Run) -> None:
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
             wait_until(
-                lambda: any("beyond -max-connections" in line for line in one.lines + two.lines),
+                lambda: any("over -max-connections" in line for line in one.lines + two.lines),
                 "nobody says so",
             )
             everybody = [p.pid for program in (one, two) for p in descendants(program.pid)]

@@ -20,15 +20,15 @@ import pytest
 
 import ambassador
 from ambassador import _sandbox
-from ambassador.supervise import sandbox
 from ambassador._worker import COUNTERS_BYTES, EXIT_NO_SANDBOX
-from ambassador.values import Protocol
 from ambassador.options import Sandbox
+from ambassador.supervise import sandbox
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers, Server, read_exactly
 from tests.support.net import free_port
 from tests.support.processes import status
 from tests.support.program import Program, Run
-from tests.support.wait import TIMEOUT_S, wait_until
+from tests.support.wait import TIMEOUT_S
 from tests.support.worker import StartWorker, destination
 
 pytestmark = pytest.mark.native
@@ -77,7 +77,7 @@ def inside(attempt: Callable[[], int], prepare: Callable[[], object] = lambda: 0
             prepare()
             page = os.memfd_create("counters")
             os.ftruncate(page, COUNTERS_BYTES)
-            code = 254 if _sandbox.enter(page, 0, 1) else attempt()
+            code = 254 if _sandbox.enter(page) else attempt()
         except OSError as error:
             code = error.errno or 253
         finally:

@@ -102,7 +102,7 @@ def test_a_refusing_backend_is_tried_until_it_listens(
 def test_no_hold_refuses_at_once(start_tcp: StartWorker, peers: Peers, refusing: bool) -> None:
     """C11: `-hold 0` is a reset at once, as the Go original does."""
     server = peers.bound()
-    worker = start_tcp(*([destination(server)] if refusing else []), hold_ms=0)
+    worker = start_tcp(*([destination(server)] if refusing else []), hold=0)
     for number in range(1, 6):
         begin = time.monotonic()
         assert peers.is_refused(worker)
@@ -116,7 +116,7 @@ def test_no_hold_refuses_at_once(start_tcp: StartWorker, peers: Peers, refusing:
 def test_the_window_ends(start_tcp: StartWorker, peers: Peers, refusing: bool) -> None:
     """C4, C11: a held connection is reset when its window ends, not before."""
     server = peers.bound()
-    worker = start_tcp(*([destination(server)] if refusing else []), hold_ms=500)
+    worker = start_tcp(*([destination(server)] if refusing else []), hold=500)
     begin = time.monotonic()
     client = peers.connect(worker)
     client.sendall(b"anybody?")
@@ -206,7 +206,7 @@ def test_held_connections_of_clients_that_gave_up(start_tcp: StartWorker, peers:
 def test_the_prober_gives_up(start_tcp: StartWorker, peers: Peers) -> None:
     """C11: the client whose connection tries the backend for all resets: another one takes over."""
     server = full_backlog(peers)
-    worker = start_tcp(destination(server), connect_ms=300, hold_ms=60_000)
+    worker = start_tcp(destination(server), connect_timeout=300, hold=60_000)
     first = peers.connect(worker)
     worker.wait_for(held_total=1)  # its own attempt is over: from now on it tries for all
     second = peers.connect(worker)
@@ -275,7 +275,7 @@ def test_held_again_when_its_backend_goes_while_connecting(
 def black_hole(request: pytest.FixtureRequest) -> Iterator[Destination]:
     """An address that swallows every packet."""
     with linked() as namespace:
-        yield Destination(hole(namespace, request.param), 80, 1)
+        yield destination((hole(namespace, request.param), 80))
 
 
 def hole(namespace: Namespace, family: str) -> str:
@@ -287,7 +287,7 @@ def test_connecting_to_a_black_hole_is_limited(
     start_tcp: StartWorker, peers: Peers, black_hole: Destination
 ) -> None:
     """C12: each attempt ends after the connect limit; the window's end resets the client."""
-    worker = start_tcp(black_hole, connect_ms=200, hold_ms=900)
+    worker = start_tcp(black_hole, connect_timeout=200, hold=900)
     begin = time.monotonic()
     client = peers.connect(worker)
     assert read_to_reset(client) == b""
@@ -303,7 +303,7 @@ def test_no_hold_still_waits_for_the_connect(
     start_tcp: StartWorker, peers: Peers, black_hole: Destination
 ) -> None:
     """C12: `-hold 0` and a black hole: reset when the connect limit is over."""
-    worker = start_tcp(black_hole, connect_ms=300, hold_ms=0)
+    worker = start_tcp(black_hole, connect_timeout=300, hold=0)
     begin = time.monotonic()
     client = peers.connect(worker)
     assert read_to_reset(client) == b""
@@ -316,7 +316,7 @@ def test_out_of_the_black_hole(
     start_tcp: StartWorker, peers: Peers, black_hole: Destination
 ) -> None:
     """C1, C12: a repoint releases what is lost in a black hole at once, not after the limit."""
-    worker = start_tcp(black_hole, connect_ms=60_000, hold_ms=60_000)
+    worker = start_tcp(black_hole, connect_timeout=60_000, hold=60_000)
     clients = [peers.connect(worker) for _ in range(20)]
     worker.wait_for(accepted=20)
     server = peers.server()

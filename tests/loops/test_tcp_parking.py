@@ -55,7 +55,7 @@ def until_parked(worker: Worker, live: Callable[[], object]) -> None:
     def parked() -> bool:
         live()
         worker.wait_for(active=0)
-        return worker.counter("parked") > 0
+        return worker.counter("spare") > 0
 
     wait_until(parked, "no socket is parked")
 
@@ -66,10 +66,10 @@ def until_reused(worker: Worker, live: Callable[[], object], times: int) -> None
 
     def enough() -> bool:
         nonlocal reused
-        reused += worker.counter("parked")
+        reused += worker.counter("spare")
         live()
         worker.wait_for(active=0, reused=reused)
-        assert worker.counter("parked") <= 1
+        assert worker.counter("spare") <= 1
         return reused == times
 
     wait_until(enough, f"no {times} sockets are used again")
@@ -90,7 +90,7 @@ def test_one_socket_serves_one_connection_after_the_other(
     baseline = len(worker.descriptors())
     numbers = itertools.count()
     until_reused(worker, lambda: visit(peers, worker, server, first, b"%4d" % next(numbers)), 20)
-    assert len(worker.descriptors()) == baseline + worker.counter("parked")
+    assert len(worker.descriptors()) == baseline + worker.counter("spare")
     worker.wait_for(closed=next(numbers))
     check_tcp_counters(worker)
 
@@ -110,7 +110,7 @@ def test_what_one_connection_was_the_next_is_not(start_tcp: StartWorker, peers: 
         assert read_to_end(client) == read_to_end(backend) == b""
 
     until_parked(worker, be_urgent)
-    worker.wait_for(parked=1, reused=0)
+    worker.wait_for(spare=1, reused=0)
     client, backend = peers.pair(worker, server)
     exchange(client, backend, 8 * MIB)
     worker.wait_for(active=0, reused=1, reset=0)
@@ -123,9 +123,9 @@ def test_what_was_bulk_is_not_used_again(start_tcp: StartWorker, peers: Peers) -
     worker = start_tcp(destination(server))
     visit(peers, worker, server, "client", random.Random(2).randbytes(8 * MIB))
     assert worker.counter("pipes_open") > 0, "nothing was spliced"
-    worker.wait_for(closed=1, active=0, parked=0)
+    worker.wait_for(closed=1, active=0, spare=0)
     until_parked(worker, lambda: visit(peers, worker, server, "client", b"next"))
-    worker.wait_for(parked=1, reused=0)
+    worker.wait_for(spare=1, reused=0)
 
 
 @pytest.mark.parametrize("timestamps", [0, 1])
@@ -150,7 +150,7 @@ def test_a_socket_that_has_no_timestamps(
         else:
             for _ in range(5):
                 live()
-            worker.wait_for(closed=5, active=0, reused=0, parked=0)
+            worker.wait_for(closed=5, active=0, reused=0, spare=0)
         assert worker.counter("reset") == 0
 
 
@@ -207,12 +207,12 @@ def test_many_at_once(start_tcp: StartWorker, peers: Peers) -> None:
             with ThreadPoolExecutor(16) as threads:
                 list(threads.map(talk, range(500 * burst, 500 * burst + 500)))
             worker.wait_for(active=0, accepted=600 * (burst + 1))
-            assert 0 < worker.counter("parked") <= PARKED_MOST
+            assert 0 < worker.counter("spare") <= PARKED_MOST
         assert len(worker.descriptors()) <= baseline + PARKED_MOST
         assert echo.accepted == 3000
     assert worker.counter("reused") > 2000, "hardly any socket was used again"
     worker.wait_for(closed=3000, reset=0, dial_failed=0, held_total=0)
-    worker.wait_for(parked=0)
+    worker.wait_for(spare=0)
     assert len(worker.descriptors()) == baseline, "after a quiet heartbeat none is kept"
     check_tcp_counters(worker)
 
@@ -260,7 +260,7 @@ def test_what_is_not_acknowledged_yet_is_not_given_up(start_tcp: StartWorker, pe
     data = random.Random(1).randbytes(90_000)  # more than a window, less than a bulk stream
     client.sendall(data)
     client.close()
-    worker.wait_for(closed=1, active=0, parked=0)
+    worker.wait_for(closed=1, active=0, spare=0)
     again, other = peers.pair(worker, server)
     again.sendall(b"another")
     assert read_exactly(other, 7) == b"another"
@@ -280,7 +280,7 @@ def test_a_reset_is_the_end_of_the_socket(start_tcp: StartWorker, peers: Peers, 
         assert read_exactly(other, 1) == b"x"
         reset(one)
         assert read_to_reset(other) == b""
-        worker.wait_for(reset=count, active=0, parked=0, reused=0)
+        worker.wait_for(reset=count, active=0, spare=0, reused=0)
 
 
 def test_a_repoint_takes_none_along(start_tcp: StartWorker, peers: Peers) -> None:
@@ -290,7 +290,7 @@ def test_a_repoint_takes_none_along(start_tcp: StartWorker, peers: Peers) -> Non
     baseline = len(worker.descriptors())
     until_parked(worker, lambda: visit(peers, worker, server, "backend", b"old"))
     worker.repoint(destination(other, 2))
-    assert worker.counter("parked") == 0  # and not only after a quiet heartbeat
+    assert worker.counter("spare") == 0  # and not only after a quiet heartbeat
     assert len(worker.descriptors()) == baseline
     visit(peers, worker, other, "backend", b"new")
     worker.wait_for(active=0, reused=0)
@@ -310,7 +310,7 @@ def test_backends_of_two_families(start_tcp: StartWorker, peers: Peers) -> None:
     for _ in range(10):
         live()
     until_parked(worker, live)
-    worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, reused=0, parked=1)
+    worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, reused=0, spare=1)
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def narrow(start_tcp: StartWorker, peers: Peers) -> tuple[Worker, socket.socket,
             assert read_to_end(backend) == b""  # or the two ends cross: see until_parked
             backend.close()
         worker.wait_for(active=0)
-        return worker.counter("parked") == 10
+        return worker.counter("spare") == 10
 
     wait_until(ten_are_parked, "ten sockets are never parked at once")
     limit = first + 6  # about three of the clients', which are free, and three that are parked
@@ -346,7 +346,7 @@ def test_parked_sockets_make_room(narrow: tuple[Worker, socket.socket, int], pee
         assert read_exactly(backend, 1) == b"%d" % number
     assert worker.counter("no_descriptor") == 0
     assert worker.counter("reused") == free
-    assert worker.counter("parked") == 0
+    assert worker.counter("spare") == 0
 
 
 def test_held_clients_get_the_descriptors(
@@ -355,7 +355,7 @@ def test_held_clients_get_the_descriptors(
     """R1: while there is no backend nothing is kept for it."""
     worker, _, free = narrow
     worker.repoint()
-    assert worker.counter("parked") == 0
+    assert worker.counter("spare") == 0
     clients = [peers.connect(worker) for _ in range(free + 2)]
     wait_until(lambda: worker.counter("held") == len(clients), "they are not accepted")
     assert worker.counter("no_descriptor") == 0
@@ -369,6 +369,6 @@ def test_a_full_backend_keeps_its_bytes(start_tcp: StartWorker, peers: Peers) ->
     sent = fill(client)
     reset(backend)
     assert sent > 0
-    worker.wait_for(reset=1, active=0, parked=0)
+    worker.wait_for(reset=1, active=0, spare=0)
     visit(peers, worker, server, "client", b"next")
     check_tcp_counters(worker)

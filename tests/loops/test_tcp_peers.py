@@ -230,7 +230,7 @@ def test_flood_of_connections(start_tcp: StartWorker, peers: Peers) -> None:
 
 def test_flood_of_held_connections(start_tcp: StartWorker, peers: Peers) -> None:
     """S7: while there is no backend a flood fills the list and no more; after it all is well."""
-    worker = start_tcp(max_held=100, hold_ms=1_000)
+    worker = start_tcp(max_held=100, hold=1_000)
     before = 1024 * private_kb(worker.pid)
     flood = [peers.connect(worker) for _ in range(100)]
     worker.wait_for(held=100)

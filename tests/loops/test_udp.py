@@ -165,6 +165,13 @@ def test_runs_keep_their_boundaries(
         check_runs(client, to, server, sizes)
         check_runs(server, session, client, sizes)
     check_udp_counters(worker)
+    for way in ("backend", "client"):
+        wait_until(
+            lambda way=way: (
+                worker.counter(f"sent_to_{way}") - before[f"sent_to_{way}"] == sum(map(len, RUNS))
+            ),
+            "not all is counted",
+        )
     now = worker.counters()
     for way in ("backend", "client"):
         datagrams = now[f"sent_to_{way}"] - before[f"sent_to_{way}"]
@@ -324,7 +331,7 @@ def test_a_batch_after_a_refusal(start_udp: StartWorker, peers: Peers, gso: bool
 def test_an_idle_session_expires(start_udp: StartWorker, peers: Peers) -> None:
     """U6, invariant 4: a session without traffic ends after the idle time; its socket is closed."""
     server = peers.udp()
-    worker = start_udp(destination(server), session_idle_ms=400)
+    worker = start_udp(destination(server), udp_timeout=400)
     baseline = len(worker.descriptors())
     clients = [peers.udp() for _ in range(10)]
     begin = time.monotonic()
@@ -342,7 +349,7 @@ def test_an_idle_session_expires(start_udp: StartWorker, peers: Peers) -> None:
 def test_a_one_way_session_survives(start_udp: StartWorker, peers: Peers, way: str) -> None:
     """U6: traffic in one direction alone keeps a session for many idle times."""
     server, client = peers.udp(), peers.udp()
-    worker = start_udp(destination(server), session_idle_ms=400)
+    worker = start_udp(destination(server), udp_timeout=400)
     to = ("127.0.0.1", worker.port)
     session = talk(client, to, server)
     for number in range(20):
@@ -709,7 +716,7 @@ def test_the_queue_comes_before_what_is_new(start_udp: StartWorker, peers: Peers
 def test_no_hold_drops(start_udp: StartWorker, peers: Peers) -> None:
     """U7: `-hold 0`: without a backend datagrams are dropped and counted, and none comes late."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=0)
+    worker = start_udp(hold=0)
     for _ in range(5):
         client.sendto(b"x", ("127.0.0.1", worker.port))
     worker.wait_for(dropped_no_backend=5, queued=0)
@@ -721,7 +728,7 @@ def test_no_hold_drops(start_udp: StartWorker, peers: Peers) -> None:
 def test_what_waited_too_long_is_dropped(start_udp: StartWorker, peers: Peers) -> None:
     """U7: datagrams older than the window are dropped and counted, later ones are sent."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     to = ("127.0.0.1", worker.port)
     for number in range(5):
         client.sendto(datagram(1, number, 50), to)
@@ -739,7 +746,7 @@ def test_what_waited_too_long_is_dropped(start_udp: StartWorker, peers: Peers) -
 def test_a_full_queue_makes_room_with_time(start_udp: StartWorker, peers: Peers) -> None:
     """U7: a queue full of datagrams that are too old takes new ones in their place."""
     client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     to = ("127.0.0.1", worker.port)
     for number in range(64):
         client.sendto(datagram(1, number, 50), to)

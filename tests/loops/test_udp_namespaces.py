@@ -42,7 +42,7 @@ def udp_in(peers: Peers, namespace: Namespace, family: socket.AddressFamily) -> 
 
 def backend_at(sock: socket.socket) -> Destination:
     host, port = sock.getsockname()[:2]
-    return Destination(host, port, 1)
+    return 1, Backend(host, port)
 
 
 @pytest.fixture(params=[True, False], ids=["gso", "no-gso"])

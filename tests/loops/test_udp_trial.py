@@ -86,7 +86,7 @@ def test_a_burst_in_the_moment_of_the_repoint_is_not_cut(
 def test_the_window_ends(start_udp: StartWorker, peers: Peers) -> None:
     """U3: nobody ever listens: the queue is given up after the hold window, counted, and no retry goes on."""
     client = peers.udp()
-    worker = start_udp(hold_ms=300)
+    worker = start_udp(hold=300)
     with reserved() as port:
         worker.repoint(destination(("127.0.0.1", port)))
         client.sendto(b"never", ("127.0.0.1", worker.port))

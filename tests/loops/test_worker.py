@@ -32,8 +32,8 @@ from tests.support.worker import (
     destination,
     drain_record,
     parent_of_workers,
-    repoint_record,
     title_of,
+    update_record,
 )
 
 # ------------------------------------------------------------------------------------------------ death
@@ -136,8 +136,8 @@ def test_the_fork_server_keeps_no_descriptor_of_a_worker(
         lambda _: b"",
         lambda start: start[:7],
         lambda start: start,
-        lambda start: start + repoint_record(1, destination(("127.0.0.1", 1)), title="x"),
-        lambda start: start + repoint_record(1)[:-1],
+        lambda start: start + update_record(1, destination(("127.0.0.1", 1)), title="x"),
+        lambda start: start + update_record(1)[:-1],
     ],
     ids=["nothing", "half-a-start", "start", "repoint", "half-a-repoint"],
 )
@@ -157,7 +157,7 @@ GARBAGE = {
     "reserved-set": bytes([VERSION, 2, 1, 0]) + bytes(12),
     "far-too-long": bytes([VERSION, 2, 0, 0, 255, 255, 255, 255]) + bytes(8),
     "empty-repoint": bytes([VERSION, 2]) + bytes(14),
-    "count-without-backends": repoint_record(1)[:16] + b"\xff\x03\0\0",
+    "count-without-backends": update_record(1)[:18] + b"\xff\x03" + update_record(1)[20:],
     "noise": random.Random(4).randbytes(4096),
 }
 
@@ -178,7 +178,7 @@ def test_garbage_on_the_control_pipe(yard: Yard, garbage: str, serving: bool) ->
 def test_a_repoint_before_the_start(yard: Yard) -> None:
     """W4: a record out of turn is refused as well."""
     worker = Bare(yard)
-    worker.write(repoint_record(1))
+    worker.write(update_record(1))
     assert worker.exit_code() == EXIT_BAD_CONTROL
     worker.close()
 
@@ -196,7 +196,7 @@ def test_a_second_start(yard: Yard) -> None:
 def test_records_byte_by_byte(yard: Yard) -> None:
     """W4: a record may arrive in any pieces."""
     worker = Bare(yard)
-    for byte in worker.start + repoint_record(7, title="slowly") + drain_record(0):
+    for byte in worker.start + update_record(7, title="slowly") + drain_record(0):
         worker.write(bytes([byte]))
     assert worker.exit_code() == EXIT_DRAINED
     assert worker.generation == 7
@@ -315,7 +315,7 @@ def test_an_idle_worker_only_beats(start: StartWorker, peers: Peers) -> None:
     udp_server, udp_client = peers.udp(), peers.udp()
     tcp = start(Protocol.TCP, destination(server))
     udp = start(Protocol.UDP, destination(udp_server))
-    holding = start(Protocol.TCP, hold_ms=600_000)
+    holding = start(Protocol.TCP, hold=600_000)
     peers.connect(holding)
     holding.wait_for(held=1)
     for number in range(12):

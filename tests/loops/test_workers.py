@@ -71,7 +71,7 @@ def test_udp_clients_stay_on_their_worker(run: Run, peers: Peers) -> None:
 def test_a_port_that_somebody_has_is_not_shared(run: Run) -> None:
     """R4: SO_REUSEPORT is for our own; another program's port is in use."""
     listener, sock = bind_free(Protocol.UDP)
-    program = run("-workers", "2", f"{listener.port}/udp=127.0.0.2:9")
+    program = run("-workers", "2", f"{listener.ports}/udp=127.0.0.2:9")
     wait_until(lambda: "is in use by" in program.text, "it says who has the port")
     assert program.workers(str(listener)) == []
     sock.close()

@@ -411,13 +411,13 @@ def run_ambassador(
     try:
         wait_until_accepts(address, port)
     except AssertionError as error:
-        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.system.logs()}") from None
+        raise AssertionError(f"{error}; the ambassador said:\n{ambassador.logs()}") from None
     return ambassador, address
 
 
 def lines_with(ambassador: Box | Program, *words: str) -> list[str]:
     """Its log lines that contain all of the words."""
-    lines = ambassador.system.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
+    lines = ambassador.logs().splitlines() if isinstance(ambassador, Box) else ambassador.lines
     return [line for line in lines if all(word in line for word in words)]
 
 

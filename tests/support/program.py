@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.processes import descendants, workers_of
-from tests.support.wait import TIMEOUT_S, SANITIZED, wait_until
+from tests.support.wait import SANITIZED, TIMEOUT_S, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 

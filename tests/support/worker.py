@@ -11,6 +11,7 @@ Run as a program it is one of two parents, for tests that need one in a process 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -24,9 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from ambassador.supervise import sockets
 from ambassador._worker import (
-    BACKENDS_WORD,
     COUNTERS_BYTES,
     EXIT_BAD_CONTROL,
     EXIT_DRAINED,
@@ -34,14 +33,18 @@ from ambassador._worker import (
     FIRST_COUNTER,
     GENERATION_WORD,
 )
-from ambassador.control import VERSION, Destination, Drain, Repoint, Start, pack
-from ambassador.model import Backend, DesiredState, Listener, Route
-from ambassador.options import Sandbox
-from ambassador.values import Protocol as Kind
+from ambassador.control import VERSION, Drain, Start, Update, pack
+from ambassador.counters import COUNTERS
+from ambassador.model import Backend, DesiredState, ListenAddress, ListenerSpec
+from ambassador.options import ListenerOptions, Sandbox
+from ambassador.supervise import sockets
 from ambassador.supervise.forkserver import Exited, Forked, ForkServer
-from ambassador.supervise.supervisor import Limits, Supervisor
+from ambassador.supervise.losses import Losses
+from ambassador.supervise.page import CountersPage
+from ambassador.supervise.supervisor import Supervisor
+from ambassador.supervise.worker import WorkerProcess
 from ambassador.system.titles import title_of
-from ambassador.supervise.worker import COUNTERS, LOSSES, WorkerProcess
+from ambassador.values import Protocol as Kind
 from tests.support.net import free_port
 from tests.support.processes import (
     children,
@@ -52,20 +55,20 @@ from tests.support.processes import (
     stopped,
     title,
 )
-from tests.support.wait import TIMEOUT_S, SANITIZED, wait_until
+from tests.support.wait import SANITIZED, TIMEOUT_S, wait_until
 
 __all__ = [
     "EXIT_BAD_CONTROL",
     "EXIT_DRAINED",
     "EXIT_PARENT_GONE",
-    "LOSSES",
     "VERSION",
     "Destination",
     "sockets",
     "title_of",
 ]
 
-_COMMON = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
+Destination = tuple[int, Backend]
+"""A backend with the id that the listener has given it."""
 
 Target = tuple[str, int, str]
 """Of a supervisor's route: address, port, run."""
@@ -74,10 +77,10 @@ Target = tuple[str, int, str]
 # ------------------------------------------------------------------------------------ listeners, records
 
 
-def bind_free(protocol: Kind, *, gro: bool = True) -> tuple[Listener, socket.socket]:
+def bind_free(protocol: Kind, *, gro: bool = True) -> tuple[ListenAddress, socket.socket]:
     """A listening socket as the parent makes it, on a port that nobody has."""
     for _ in range(100):
-        listener = Listener(free_port(), protocol)
+        listener = ListenAddress(protocol, free_port())
         with contextlib.suppress(OSError):
             return listener, sockets.bind(listener, gro=gro)
     raise AssertionError("no free port in a hundred")
@@ -86,15 +89,15 @@ def bind_free(protocol: Kind, *, gro: bool = True) -> tuple[Listener, socket.soc
 def destination(where: socket.socket | tuple[str, int], identity: int = 1) -> Destination:
     """A server, or an address, as a backend."""
     host, port = where[:2] if isinstance(where, tuple) else where.getsockname()[:2]
-    return Destination(host, port, identity)
+    return identity, Backend(host, port)
 
 
-def start_record(listener: Listener) -> bytes:
-    return pack(Start(listener))
+def start_record(protocol: Kind) -> bytes:
+    return pack(Start(protocol))
 
 
-def repoint_record(generation: int, *destinations: Destination, title: str = "") -> bytes:
-    return pack(Repoint(generation, destinations, title))
+def update_record(generation: int, *destinations: Destination, title: str = "") -> bytes:
+    return pack(Update(generation, backends=destinations, title=title))
 
 
 def drain_record(deadline_ms: int) -> bytes:
@@ -116,11 +119,11 @@ class Yard:
     def pid(self) -> int:
         return self.fork_server.pid
 
-    def fork(self, descriptors: tuple[int, int, int]) -> Forked:
+    def fork(self, descriptors: Sequence[int]) -> Forked:
         self.fork_server.request(descriptors)
         self._listen(lambda: self._forked, "the fork server forks no worker")
         forked = self._forked.pop()
-        assert forked.pid > 0, f"the nursery could not fork: {os.strerror(-forked.pid)}"
+        assert forked.pid > 0, f"the fork server could not fork: {os.strerror(-forked.pid)}"
         return forked
 
     def exit_code(self, pid: int, timeout_s: float = TIMEOUT_S) -> int:
@@ -169,27 +172,33 @@ class Worker:
         *destinations: Destination,
         gro: bool = True,
         takes_over: Worker | None = None,
-        **limits: Any,  # whatever Start takes
+        sandbox: Sandbox = Sandbox.AUTO,
+        **options: Any,  # of ListenerOptions
     ) -> None:
         """`takes_over` is a dead worker whose listening socket this one gets."""
-        if SANITIZED:
-            limits.setdefault("sandbox", Sandbox.OFF)
         self.yard = yard
-        self.handle: WorkerProcess
         self.protocol = protocol
         self.generation = 1
+        self.options = ListenerOptions(**options)
+        self._destinations = destinations
         if takes_over is None:
-            listener, self.listener = bind_free(protocol, gro=gro)
+            self.listen, self.listener = bind_free(protocol, gro=gro)
         else:
-            listener, self.listener = takes_over.handle.listener, takes_over.listener.dup()
-        self.port = listener.port
-        self.handle = WorkerProcess(Start(listener, **limits), Repoint(1, destinations, "test"))
+            self.listen, self.listener = takes_over.listen, takes_over.listener.dup()
+        self.port = self.listen.first_port
+        self._losses = Losses(protocol)
+        start = Start(protocol, sandbox=Sandbox.OFF if SANITIZED else sandbox)
+        self._page = CountersPage(protocol)
+        self.handle = WorkerProcess(start, self._update("test"), self._page)
         forked = yard.fork(self.handle.passed_fds(self.listener.fileno()))
         self.handle.started(forked.pid, forked.pidfd)
         self.pid = forked.pid
         self.wait_for(generation=1)
 
     # What it is told.
+
+    def _update(self, title: str) -> Update:
+        return Update(self.generation, self.options, self._destinations, title=title)
 
     def repoint(self, *destinations: Destination) -> None:
         """Tell it the new list, and wait until it is in force."""
@@ -200,7 +209,14 @@ class Worker:
         self, *destinations: Destination, generation: int | None = None, title: str = "test"
     ) -> None:
         self.generation = self.generation + 1 if generation is None else generation
-        self.handle.repoint(Repoint(self.generation, destinations, title))
+        self._destinations = destinations
+        self.handle.update(self._update(title))
+
+    def change(self, **options: Any) -> None:
+        """Give it new values of some options, and wait until they are in force."""
+        self.options = dataclasses.replace(self.options, **options)
+        self.tell(*self._destinations)
+        self.wait_for(generation=self.generation)
 
     def drain(self, deadline_ms: int) -> None:
         self.handle.drain(deadline_ms)
@@ -216,14 +232,15 @@ class Worker:
     # What it says.
 
     def counters(self) -> Mapping[str, int]:
-        return self.handle.counters()
+        page = self._page
+        return page.counters() | {"generation": page.generation, "backends": page.backends}
 
     def counter(self, name: str) -> int:
-        return self.handle.counters()[name]
+        return self.counters()[name]
 
     def losses(self) -> Mapping[str, int]:
         """What has risen since the last time, of the counters that are losses."""
-        return self.handle.losses()
+        return {row.name: rise for row, rise in self._losses.risen(self._page.counters())}
 
     @property
     def sandbox(self) -> int:
@@ -269,10 +286,11 @@ class Worker:
         if not self.yard.has_exited(self.pid):
             self.kill()
         self.let_go()
+        self._page.close()
 
 
 StartWorker = Callable[..., Worker]
-"""The fixtures that start workers: `start(protocol, destination, ..., hold_ms=...)`."""
+"""The fixtures that start workers: `start(protocol, destination, ..., hold=...)`."""
 
 
 class Bare:
@@ -281,7 +299,7 @@ class Bare:
     def __init__(self, yard: Yard, protocol: Kind = Kind.TCP) -> None:
         self.yard = yard
         self.listener, listening = bind_free(protocol)
-        self.start = start_record(self.listener)
+        self.start = start_record(protocol)
         counters = os.memfd_create("counters")
         os.ftruncate(counters, COUNTERS_BYTES)
         read, self.control = os.pipe()
@@ -318,9 +336,9 @@ class Watched:
         self._words = memoryview(_counters_page(pid)).cast("Q")
 
     def counters(self) -> Mapping[str, int]:
-        values = {name: self._words[place] for name, place in _COMMON.items()}
-        for place, name in enumerate(COUNTERS[self.protocol], FIRST_COUNTER):
-            values[name] = self._words[place]
+        values = {"generation": self._words[GENERATION_WORD]}
+        for place, row in enumerate(COUNTERS[self.protocol], FIRST_COUNTER):
+            values[row.name] = self._words[place]
         return values
 
     def descriptor_limit(self, soft: int) -> None:
@@ -408,11 +426,11 @@ class Parent:
         wait_until(lambda: children(self.pid), "the parent has a fork server")
         self.tell({})
 
-    def tell(self, routes: Mapping[Listener, Sequence[Target]]) -> None:
+    def tell(self, routes: Mapping[ListenAddress, Sequence[Target]]) -> None:
         """These from now on; whoever is not named is withdrawn."""
         assert self._process.stdin is not None
         lines = [
-            (listener.port, listener.protocol, list(targets))
+            (listener.first_port, listener.protocol, list(targets))
             for listener, targets in routes.items()
         ]
         print(json.dumps(lines), file=self._process.stdin, flush=True)
@@ -425,7 +443,7 @@ class Parent:
     def workers(self) -> list[int]:
         return children(self.fork_server)
 
-    def worker(self, listener: Listener, generation: int) -> Watched:
+    def worker(self, listener: ListenAddress, generation: int) -> Watched:
         """The one live worker of the listener, once it has this generation of backends in force."""
         prefix = f"grand-ambassador: {listener} "
 
@@ -460,14 +478,14 @@ def parent_of_workers(how: str, ports: Sequence[tuple[Kind, int]]) -> subprocess
 
 def _supervise(hold_ms: int, lines: IO[str]) -> int:
     wanted = DesiredState()
+    sandbox = Sandbox.OFF if SANITIZED else Sandbox.AUTO
     # The fork server first: it is forked, which is safe only while there is no thread.
-    limits = Limits(hold_ms=hold_ms, sandbox=Sandbox.OFF if SANITIZED else Sandbox.AUTO)
-    supervisor = Supervisor(ForkServer.fork(), lambda: wanted, limits)
+    supervisor = Supervisor(ForkServer.fork(), lambda: wanted, sandbox=sandbox)
 
     def listen() -> None:
         nonlocal wanted
         for line in lines:
-            wanted = DesiredState(_routes(json.loads(line)))
+            wanted = DesiredState(_specs(json.loads(line), ListenerOptions(hold=hold_ms)))
             supervisor.wake()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -475,14 +493,14 @@ def _supervise(hold_ms: int, lines: IO[str]) -> int:
     return supervisor.run()
 
 
-def _routes(lines: Sequence[tuple[int, str, Sequence[Target]]]) -> dict[Listener, Route]:
+def _specs(
+    lines: Sequence[tuple[int, str, Sequence[Target]]], options: ListenerOptions
+) -> dict[ListenAddress, ListenerSpec]:
     found = {}
     for port, protocol, targets in lines:
-        listener = Listener(port, Kind(protocol))
-        backends = tuple(
-            Backend(host, number, "machine", started_at=run) for host, number, run in targets
-        )
-        found[listener] = Route(listener, "machine", backends)
+        listen = ListenAddress(Kind(protocol), port)
+        backends = tuple(Backend(host, number, "machine", run) for host, number, run in targets)
+        found[listen] = ListenerSpec(listen, "machine", "", backends, options)
     return found
 
 
@@ -491,9 +509,8 @@ def _raise_workers(how: str, names: Sequence[str]) -> None:
     print(fork_server.pid)
     for name in names:
         protocol, _, port = name.partition(":")
-        listener = Listener(int(port), Kind(protocol))
-        sock = sockets.bind(listener)
-        handle = WorkerProcess(Start(listener), Repoint(1))
+        sock = sockets.bind(ListenAddress(Kind(protocol), int(port)))
+        handle = WorkerProcess(Start(Kind(protocol)), Update(1), CountersPage(Kind(protocol)))
         fork_server.request(handle.passed_fds(sock.fileno()))
         select.select([fork_server], [], [])
         forked = fork_server.receive()
