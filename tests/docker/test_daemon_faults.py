@@ -17,16 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.discovery.docker_source import DockerSource, connect_engine
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.client import connect_engine
 from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
 from tests.support.engine import Stage, lines_with, run_server, wait_until_accepts
-from tests.support.fake_engine import Log
 from tests.support.net import Namespace, free_port, linked
 from tests.support.own_engine import OwnEngine
 from tests.support.processes import descendants, workers_of
 from tests.support.program import Program
 from tests.support.proxy import GET_ONLY, EngineProxy
 from tests.support.wait import wait_until
+from tests.unit.fake_engine import Log, address_of
 
 HERE = "127.0.0.1"
 QUICK_S = 1.0
@@ -88,7 +89,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
         discovery = DockerSource(
             lambda: connect_engine(front.address, timeout=QUICK_S),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
@@ -97,7 +98,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
         )
         try:
             with followed(discovery):
-                wait_until(lambda: discovery.states()[0].address == db.address(), "its address")
+                wait_until(lambda: address_of(discovery) == db.address(), "its address")
                 namespace.drop()
                 begin = time.monotonic()
                 stage.restart_elsewhere(db)  # of which it hears nothing
@@ -105,9 +106,9 @@ def test_half_open_event_stream(stage: Stage) -> None:
                 assert time.monotonic() - begin < 2 * QUICK_S + 5
                 (line,) = log.having("cannot ask Docker")
                 assert namespace.theirs4 in line
-                assert discovery.states()[0].address is not None, "what is known stands"
+                assert address_of(discovery) is not None, "what is known stands"
                 namespace.restore()
-                wait_until(lambda: discovery.states()[0].address == db.address(), "the new address")
+                wait_until(lambda: address_of(discovery) == db.address(), "the new address")
                 assert len(log.having("connected to Docker again")) == 1
         finally:
             front.close()
@@ -164,7 +165,7 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
         discovery = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
@@ -172,12 +173,12 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
             own_id=lambda: None,
         )
         with followed(discovery):
-            wait_until(lambda: discovery.states()[0].address == db.address(), "its address")
+            wait_until(lambda: address_of(discovery) == db.address(), "its address")
             streams = sum("/events" in line for line in proxy.asked)
             proxy.deaf = True
             _, after = stage.restart_elsewhere(db)
             begin = time.monotonic()
-            wait_until(lambda: discovery.states()[0].address == after, "the new address")
+            wait_until(lambda: address_of(discovery) == after, "the new address")
             assert time.monotonic() - begin < 2 * QUICK_S + 1
             assert sum("/events" in line for line in proxy.asked) == streams, "the stream ended"
 
@@ -255,7 +256,7 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
         watching = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=Log().logger(),
             ping_every=0.1,

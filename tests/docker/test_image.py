@@ -37,7 +37,7 @@ def test_least_privilege(stage: Stage, who: str) -> None:
     with Caller(host, 53) as caller:
         assert wait_until(lambda: caller.ask(b"x"), "an answer") == (b"db x", host)
     assert ambassador.stop() == 0
-    log = ambassador.system.logs()
+    log = ambassador.logs()
     assert "level=error" not in log
     assert "Traceback" not in log
 

@@ -50,8 +50,8 @@ def test_memory_limit(stage: Stage) -> None:
     for sock in [*(c.socket for c in conversations), *(c.socket for c in callers)]:
         sock.close()
     assert greet(host) == "db"
-    assert not ambassador.discovery.target_address()["State"]["OOMKilled"]
-    assert lines_with(ambassador, "worker ended") == []
+    assert not ambassador.inspect()["State"]["OOMKilled"]
+    assert lines_with(ambassador, "worker exited") == []
 
 
 def test_pids_limit(stage: Stage) -> None:
@@ -120,7 +120,7 @@ def test_strange_names(stage: Stage) -> None:
     assert greet(HERE, port) == "db", "the others do not hinder it"
 
     def waiting() -> list[str]:
-        return [line for line in ambassador.lines if "there is no such container" in line]
+        return [line for line in ambassador.lines if "no such container, waiting" in line]
 
     wait_until(lambda: len(waiting()) >= len(STRANGE), "a line for each")
     assert len(waiting()) == len(STRANGE)

@@ -54,7 +54,7 @@ def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
         stage.docker("network", "connect", network, db.name)
         assert held.greeting() == ("db", db.address(network))
     assert db.is_running()
-    backends = re.findall(r"backend=(\S+)", ambassador.system.logs())
+    backends = re.findall(r"backend=(\S+)", ambassador.logs())
     assert len(backends) == 3, backends
     for backend in backends:
         assert backend == "none" or ipaddress.ip_address(backend.partition(":")[0])

@@ -35,7 +35,7 @@ HERE = "127.0.0.1"
 
 def parent_pid(ambassador: Box) -> int:
     """The first process of a container, as this machine numbers it."""
-    return int(ambassador.discovery.target_address()["State"]["Pid"])
+    return int(ambassador.inspect()["State"]["Pid"])
 
 
 def run_on_host(stage: Stage, *args: str) -> tuple[Program, int]:
@@ -202,7 +202,7 @@ def test_docker_stop(stage: Stage, init: str, open_connections: int) -> None:
             assert ambassador.stop(timeout=30) == 0
             took.append(finished_at(ambassador) - begin)
     assert min(took) < 1, took
-    assert "Traceback" not in ambassador.system.logs()
+    assert "Traceback" not in ambassador.logs()
 
 
 _ORPHAN = """

@@ -32,7 +32,7 @@ HERE = "127.0.0.1"
 
 def held_by(ambassador: Box) -> int:
     """The descriptors of all its processes."""
-    parent = psutil.Process(int(ambassador.discovery.target_address()["State"]["Pid"]))
+    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
     return sum(process.num_fds() for process in (parent, *parent.children(recursive=True)))
 
 
@@ -111,8 +111,8 @@ def test_similar_names(stage: Stage) -> None:
     prefix = decoy.id[:11]
     assert stage.docker("inspect", "--format", "{{.Id}}", prefix) == decoy.id
     ambassador = stage.run_ambassador("-name", stage.name("web"), "-name", prefix)
-    ambassador.wait_for_log(f"there is no such container.*{stage.name('web')}")
-    ambassador.wait_for_log(f"there is no such container.*{prefix}")
+    ambassador.wait_for_log(f"no such container.*{stage.name('web')}")
+    ambassador.wait_for_log(f"no such container.*{prefix}")
     assert lines_with(ambassador, "target is running") == []
 
     run_server(stage, "web", TCP, "7001/tcp")
@@ -163,7 +163,7 @@ def test_nothing_to_do_yet(stage: Stage) -> None:
     silent = stage.run("silent", DEMO, "sleep", "infinity", flags="--init")
     absent = stage.name("absent")
     ambassador = stage.run_ambassador("-name", absent, "-name", silent.name)
-    ambassador.wait_for_log(f"there is no such container: waiting for it.*{absent}")
+    ambassador.wait_for_log(f"no such container, waiting.*{absent}")
     ambassador.wait_for_log(f"{silent.name} exposes no port: start it with --expose PORT")
     for name in (absent, silent.name):
         assert len(lines_with(ambassador, name)) == 1

@@ -113,7 +113,7 @@ def test_a_dead_worker_holds_no_places(limited: tuple[Program, int], peers: Peer
     wait_until(lambda: all(map(is_gone, victims)), "they do not die")
     for client in first:
         assert read_to_reset(client) == b""
-    wait_until(lambda: program.said("worker ended") == 3, "their end is not noticed")
+    wait_until(lambda: program.said("worker exited") == 3, "their end is not noticed")
     assert len(held_by(port, 30, peers)) == 10
 
 

@@ -159,24 +159,20 @@ def test_runs_keep_their_boundaries(
     worker = start_udp(destination(server), gso=gso)
     to = (loopback, worker.port)
     session = talk(client, to, server)
-    check_udp_counters(worker)
+    worker.wait_for(sent_to_backend=1, sent_to_client=1)
     before = worker.counters()
     for sizes in RUNS:
         check_runs(client, to, server, sizes)
         check_runs(server, session, client, sizes)
     check_udp_counters(worker)
-    for way in ("backend", "client"):
-        wait_until(
-            lambda way=way: (
-                worker.counter(f"sent_to_{way}") - before[f"sent_to_{way}"] == sum(map(len, RUNS))
-            ),
-            "not all is counted",
-        )
+    ways = ("backend", "client")
+    total = sum(map(len, RUNS))
+    worker.wait_for(**{f"sent_to_{way}": before[f"sent_to_{way}"] + total for way in ways})
     now = worker.counters()
-    for way in ("backend", "client"):
+    for way in ways:
         datagrams = now[f"sent_to_{way}"] - before[f"sent_to_{way}"]
         messages = now[f"messages_to_{way}"] - before[f"messages_to_{way}"]
-        assert datagrams == sum(map(len, RUNS))
+        assert datagrams == total
         if gso:
             assert messages < datagrams / 5, "runs do not leave as one"
         else:

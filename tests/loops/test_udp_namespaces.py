@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ambassador.model import Backend
 from tests.support.endpoints import SMALLEST, Address, Peers, datagram, receive, send_run
 from tests.support.net import Namespace, linked
 from tests.support.worker import Destination, StartWorker, Worker, check_udp_counters
