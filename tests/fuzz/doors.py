@@ -194,7 +194,9 @@ def arguments(data: bytes) -> None:
     assert 0 <= read.listener.drain < 1 << 32
     assert read.listener.workers >= 1
     if read.command is Command.FOLLOW:
-        assert read.engine.url.startswith(("unix://", "tcp://"))
+        assert read.engine.url.startswith(("unix:///", "tcp://"))
+    else:
+        assert not read.engine.url, "nobody asks an Engine"
 
 
 def routes(data: bytes) -> None:

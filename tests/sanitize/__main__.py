@@ -1,13 +1,13 @@
-"""Run the tests of the compiled loops under AddressSanitizer and UBSan: `make test-sanitize`.
+"""Runs the tests of the compiled loops under AddressSanitizer and UBSan: `make test-sanitize`.
 
-The loops are built once more in build/sanitize, beside copies of the package and the tests, so that nothing
-else ever meets this build. Whatever a sanitizer has to say, in any process, goes to a file there; a file is a
-failure, even where the test did not mind the death of its worker.
+The loops are built once more in build/sanitize, beside copies of the package and the tests, so that
+nothing else uses this build. A report of a sanitizer, in any process, is a file there; a file is a
+failure, even if the test passed.
 
-- Workers run without their sandbox here: the sanitizers map memory and open /proc when they please. The tests
-  of the sandbox itself are skipped, and those of memory, which would measure the sanitizers'.
-- Leaks are not looked for at exit: Python leaves thousands of objects behind, and a worker leaves by _exit,
-  after which the kernel takes all. tests/sanitize/leaks.py asks for them while the loop has just been freed.
+- Workers run without their sandbox: sanitizers map memory and open /proc at any time. The tests of
+  the sandbox are skipped, and those of memory, which would measure the sanitizers' own.
+- Leaks are not looked for at exit: Python leaves thousands of objects, and a worker leaves by _exit.
+  leaks.py looks for them when the loop has just been freed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 PLACE = REPO / "build" / "sanitize"
 REPORTS = PLACE / "reports"
 FLAGS = (
@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     REPORTS.mkdir()
     python = [sys.executable, "-m"]
     code = run([*python, "tests.sanitize.leaks"], leaks=True)
-    code |= run([*python, "pytest", *(arguments or TESTS), "-p", "no:cacheprovider"])
+    # Without the project's own options: one process, which sanitizers slow down enough.
+    options = ("-o", "addopts=", "-p", "no:cacheprovider")
+    code |= run([*python, "pytest", *(arguments or TESTS), *options])
     found = sorted(REPORTS.iterdir())
     for report in found:
         print(f"--- {report.relative_to(REPO)}")
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def copy() -> None:
-    """What runs there, as it is now. Objects stay, so that the next build is short."""
+    """Copy what runs there. Object files stay, so that the next build is short."""
     for name in ("ambassador", "tests"):
         leave = shutil.ignore_patterns("*.so", "*.c", "__pycache__")
         shutil.rmtree(PLACE / name, ignore_errors=True)
@@ -66,9 +68,7 @@ def run(command: list[str], *, leaks: bool = False) -> int:
     log = f"log_path={REPORTS / 'report'}"
     env = {
         **os.environ,
-        "LD_PRELOAD": library(
-            "libasan.so"
-        ),  # before the C library: Python itself is not built with it
+        "LD_PRELOAD": library("libasan.so"),  # Python itself is not built with it
         "ASAN_OPTIONS": f"{log}:detect_leaks={leaks:d}:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": f"{log}:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # so that Python's objects are guarded as well

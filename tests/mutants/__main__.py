@@ -1,12 +1,12 @@
-"""Break the ambassador in one place at a time and see the test that must notice: `make mutants`.
+"""Breaks the ambassador in one place at a time and runs the test that must fail: `make mutants`.
 
-    python scripts/mutants.py [WORD ...]     those whose name, rows or file contain a WORD; else all
+    python -m tests.mutants [WORD ...]    those whose name, rows or file contain a WORD; else all
 
-tests/mutants/mutants.toml has the list. Everything happens in a copy of the working tree, build/mutants, with
-an Engine of its own where a test needs one. First each test must pass there with nothing broken; then, for
-each mutant, it must fail. Exit code 1 where one does not, which is a test that does not test.
+mutants.toml has the list. All of it happens in a copy of the working tree, build/mutants; the copy
+has an Engine of its own if a test needs one. First each test must pass with nothing broken; then it
+must fail for each mutant. Exit code 1: it passed for one, so it does not test.
 
-- A mutant counts as noticed only if a test itself failed: not where a fixture did, or nothing ran.
+- A mutant counts as noticed only if the test itself failed, not if a fixture did or nothing ran.
 - Compiled modules are built again; a mutant that does not compile is a mistake in the list.
 """
 
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 PLACE = REPO / "build" / "mutants"
 LOG = PLACE / "build" / "last.log"
-LIST = REPO / "tests" / "mutants" / "mutants.toml"
+LIST = Path(__file__).with_name("mutants.toml")
 COMPILED = {".pyx", ".pxd"}
 DOCKER_TESTS = "tests/docker/"
 LIMIT_S = 300
@@ -37,7 +37,7 @@ LIMIT_S = 300
 class Outcome(enum.Enum):
     PASSED = enum.auto()
     FAILED = enum.auto()
-    NOTHING = enum.auto()  # neither: a fixture failed, nothing ran, or it never came to an end
+    NOTHING = enum.auto()  # a fixture failed, nothing ran, or it did not end
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Mutant:
 
 
 def read() -> list[Mutant]:
-    """Raises ValueError where the list does not fit the sources."""
+    """Read the list; raises ValueError if it does not fit the sources."""
     mutants = [Mutant(**entry) for entry in tomllib.loads(LIST.read_text())["mutant"]]
     for mutant in mutants:
         found = (REPO / mutant.file).read_text().count(mutant.old)
@@ -68,7 +68,7 @@ def read() -> list[Mutant]:
 
 
 def copy() -> None:
-    """The working tree as git knows it. What was built there stays: the next build is short."""
+    """Copy the working tree as git knows it. What was built there stays: the next build is short."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     for name in listing.splitlines():
@@ -88,8 +88,8 @@ def build() -> None:
 
 @contextlib.contextmanager
 def engine(*, needed: bool) -> Iterator[dict[str, str]]:
-    """The environment for the tests, with a private Engine of the copy's while it lasts."""
-    # No .pyc: one that was written within the second of a change would be taken for the changed file's.
+    """Give the environment for the tests, and the copy's private Engine for as long as needed."""
+    # No .pyc: one written within the second of a change would pass for the changed file's.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "scripts/engine.py"]
     if not needed:
@@ -108,8 +108,9 @@ def run(test: str, environment: dict[str, str]) -> Outcome:
     LOG.parent.mkdir(exist_ok=True)
     report = PLACE / "build" / "report.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", test]
+    # Without the project's own options: one process, and one after the other.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p"]
+    command += ["no:cacheprovider", f"--junitxml={report}", test]
     with LOG.open("w") as log:
         try:
             subprocess.run(
@@ -125,7 +126,7 @@ def run(test: str, environment: dict[str, str]) -> Outcome:
             return Outcome.NOTHING
     if not report.exists():
         return Outcome.NOTHING
-    (suite,) = ElementTree.parse(report).getroot()  # noqa: S314 - our own pytest wrote it
+    (suite,) = ElementTree.parse(report).getroot()
     count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     if count["failures"]:
         return Outcome.FAILED
@@ -134,7 +135,7 @@ def run(test: str, environment: dict[str, str]) -> Outcome:
 
 
 def run_broken(mutant: Mutant, environment: dict[str, str]) -> Outcome:
-    """Break, build, test, mend. (Mended sources are built again at once.)"""
+    """Break, build, test and mend; build the mended sources again at once."""
     path = PLACE / mutant.file
     whole = path.read_text()
     path.write_text(whole.replace(mutant.old, mutant.new))
