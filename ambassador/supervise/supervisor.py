@@ -138,7 +138,7 @@ class Supervisor:
             number = self._signals.popleft()
             if number == signal.SIGCHLD:
                 reap_children()
-                self._check_fork_server.child_changed()
+                self._check_fork_server.child_changed(time.monotonic())
             elif self._draining:
                 log.warning("second stop signal, closing connections now")
                 self._workers.stop_now()
