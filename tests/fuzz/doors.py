@@ -27,8 +27,7 @@ from ambassador.control import (
     Unpacker,
     pack,
 )
-from ambassador.discovery.docker_source import documents
-from ambassador.discovery.docker_source import target_address as inspect
+from ambassador.discovery import documents, own_networks, target_address
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
 from ambassador.model import Route, TargetState
 from ambassador.reconcile import merge
@@ -116,18 +115,19 @@ def document(data: bytes) -> None:
     read = _json(data)
     if not isinstance(read, dict):
         return
-    own = documents.own_networks_of(read)
-    for own_networks in (documents.OwnNetworks(), own, documents.own_networks_of(read, read)):
-        for network in (None, "bridge"):
-            for joined in (None, read):
-                state = inspect.target_state(
-                    "web\n", read, own_networks, network=network, joined=joined
+    own = own_networks.own_networks_of(read)
+    shared = own_networks.own_networks_of(read, read)
+    for ours in (own_networks.OwnNetworks(), own, shared):
+        for network in ("", "bridge"):
+            for owner in (None, read):
+                state = target_address.target_state(
+                    "web\n", read, ours, network=network, network_owner=owner
                 )
                 _check_state(state)
-                _check_state(inspect.keep_exposed(state, inspect.absent_state(state)))
-                inspect.awaits_address(read, state)
+                _check_state(target_address.keep_ports(state, target_address.absent_state(state)))
+                target_address.awaits_address(read, state)
     documents.is_target(read, "web")
-    documents.needs_drivers(read, own, None)
+    target_address.needs_drivers(read, own, "")
     documents.started_after(read, read)
 
 
@@ -157,7 +157,7 @@ def networks(data: bytes) -> None:
 def own_id(data: bytes) -> None:
     """mountinfo and cgroup: container names and paths stand in them."""
     mounts, _, cgroup = data.decode(errors="replace").partition("\0")
-    found = documents.own_container_id(mounts, cgroup)
+    found = own_networks.own_container_id(mounts, cgroup)
     assert found is None or len(found) == 64
 
 
