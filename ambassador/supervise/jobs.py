@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
@@ -142,13 +141,13 @@ class CheckForkServer:
         self._watchdog = Watchdog(timings)
         self._stopped_at: float | None = None
 
-    def child_changed(self) -> None:
+    def child_changed(self, now: float) -> None:
         """SIGCHLD: the fork server may have been stopped, or set going again."""
         server = self._workers.fork_server
         if server is None or not server.stopped:
             self._stopped_at = None
         elif self._stopped_at is None:
-            self._stopped_at = time.monotonic()
+            self._stopped_at = now
 
     def due(self) -> float | None:
         moments = [self._workers.repair_at]

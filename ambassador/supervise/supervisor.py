@@ -69,11 +69,7 @@ class Supervisor:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._workers = Workers(fork_server, self._selector, timings, self._no_sandbox)
         self._new_path = partial(
-            WorkerPath,
-            workers=self._workers,
-            limits=PortLimits(),
-            sandbox=sandbox,
-            timings=timings,
+            WorkerPath, workers=self._workers, limits=PortLimits(), sandbox=sandbox, timings=timings
         )
         self._check_fork_server = jobs.CheckForkServer(self._workers, timings)
         self._jobs: tuple[jobs.Job, ...] = (
@@ -138,7 +134,7 @@ class Supervisor:
             number = self._signals.popleft()
             if number == signal.SIGCHLD:
                 reap_children()
-                self._check_fork_server.child_changed()
+                self._check_fork_server.child_changed(time.monotonic())
             elif self._draining:
                 log.warning("second stop signal, closing connections now")
                 self._workers.stop_now()
@@ -167,8 +163,10 @@ class Supervisor:
     # -- desired state
 
     def _reconcile(self) -> None:
-        changed, self._changed = self._changed, False
-        if not changed or self._draining:
+        if not self._changed:
+            return
+        self._changed = False  # first, so that a wake from now on is not lost
+        if self._draining:
             return
         desired = self._desired()
         running = {listen: listener.spec for listen, listener in self._listeners.items()}

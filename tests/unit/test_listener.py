@@ -26,7 +26,7 @@ class Path:
         self.told = told
         self.refusal = ""
 
-    def refuses(self, spec: ListenerSpec) -> str:
+    def refuses(self, spec: ListenerSpec) -> str:  # noqa: ARG002
         return self.refusal
 
     def open(self, spec: ListenerSpec) -> None:

@@ -1,4 +1,4 @@
-"""Slots: when the next worker is due after exits, what counts as a crash loop, and counters that never fall."""
+"""Slots: when the next worker is due after exits, what a crash loop is, and counters that never fall."""
 
 from __future__ import annotations
 
@@ -127,4 +127,4 @@ def test_a_sibling_can_read_the_page_and_not_write_it(clock: Clock) -> None:
 def test_nobody_can_shrink_the_page(clock: Clock) -> None:
     """Or else the parent would die of SIGBUS."""
     with pytest.raises(PermissionError):
-        open(clock.slot.page.fd, "r+b", closefd=False).truncate(0)  # noqa: PTH123, SIM115
+        open(clock.slot.page.fd, "r+b", closefd=False).truncate(0)  # noqa: SIM115

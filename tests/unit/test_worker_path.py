@@ -1,4 +1,7 @@
-"""Workers behind the data path interface: failures, replacement, totals. Real sockets, pages and pipes; no process."""
+"""Workers behind the data path interface: failures, replacement, totals.
+
+Sockets, pages and pipes are real; there is no process.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import random
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -51,11 +55,11 @@ class Stage:
             clock=lambda: self.now,
         )
 
-    def open(self, **options: int) -> None:
+    def open(self, **options: Any) -> None:
         self.listener.spec = replace(self.spec, options=ListenerOptions(**options))
         self.listener.open([self.path])
 
-    def change(self, **options: int) -> None:
+    def change(self, **options: Any) -> None:
         self.listener.update(replace(self.listener.spec, options=ListenerOptions(**options)))
 
     def wait(self, seconds: float) -> None:
@@ -64,7 +68,6 @@ class Stage:
         if due is not None and due <= self.now:
             self.path.run(self.now)
 
-    @property
     def condition(self) -> Condition:
         return self.path.state().condition
 
@@ -123,7 +126,7 @@ def test_open_binds_and_starts(stage: Stage) -> None:
     assert is_bound(stage)
     assert len(stage.fake.forked) == 3
     assert stage.fake.passed == [5, 5, 5], "listener, pipe, own page, two siblings"
-    assert stage.condition is Condition.FORWARDING
+    assert stage.condition() is Condition.FORWARDING
     assert stage.path.due() is None
 
 
@@ -132,7 +135,7 @@ def test_close_lets_workers_drain(stage: Stage) -> None:
     (worker,) = stage.fake.forked
     stage.listener.close(250)
     assert stage.fake.stopped == [(worker, 250)]
-    assert stage.condition is Condition.DRAINING
+    assert stage.condition() is Condition.DRAINING
     stage.fake.exit(worker, "exit code 0")
     assert stage.path.due() is None
     assert not is_bound(stage)
@@ -141,9 +144,9 @@ def test_close_lets_workers_drain(stage: Stage) -> None:
 def test_no_backend_is_holding(tcp: Stage) -> None:
     tcp.open()
     tcp.listener.update(replace(tcp.spec, backends=()))
-    assert tcp.condition is Condition.HOLDING
+    assert tcp.condition() is Condition.HOLDING
     tcp.listener.update(replace(tcp.spec, backends=(replace(A, weight=0),)))
-    assert tcp.condition is Condition.HOLDING
+    assert tcp.condition() is Condition.HOLDING
 
 
 def test_a_range_is_refused(tcp: Stage) -> None:
@@ -201,7 +204,7 @@ def test_another_number_of_workers(stage: Stage) -> None:
     assert stage.fake.stopped == [(former, 1234)]
     assert len(stage.fake.forked) == 3
     assert is_bound(stage)
-    assert stage.condition is Condition.FORWARDING
+    assert stage.condition() is Condition.FORWARDING
     assert sent(former).endswith(pack(Drain(1234)))
     stage.fake.exit(former, "exit code 0")
     assert len(stage.path.processes()) == 2
@@ -267,7 +270,7 @@ def test_no_port(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
         stage.open(workers=2)
         for _ in range(3):
             stage.wait(TIMINGS.bind_retry)
-        assert stage.condition is Condition.CANNOT_LISTEN
+        assert stage.condition() is Condition.CANNOT_LISTEN
         assert "is in use by" in stage.path.state().error
         assert stage.path.state().error_at == stage.now
         assert stage.path.due() == stage.now + TIMINGS.bind_retry
@@ -276,7 +279,7 @@ def test_no_port(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
         squatter.close()
     assert [record.message for record in caplog.records] == ["cannot listen, trying again"]
     stage.wait(TIMINGS.bind_retry)
-    assert stage.condition is Condition.FORWARDING
+    assert stage.condition() is Condition.FORWARDING
     assert len(stage.fake.forked) == 2
 
 
@@ -336,11 +339,11 @@ def test_no_process(tcp: Stage) -> None:
     for _ in range(5):
         tcp.fake.exit(tcp.fake.forked[-1], "could not be forked: Resource temporarily unavailable")
         tcp.wait(TIMINGS.restart_last)
-    assert tcp.condition is Condition.DEGRADED
+    assert tcp.condition() is Condition.DEGRADED
     assert "could not be forked" in tcp.path.state().error
     tcp.now += TIMINGS.stable
     tcp.path.recover(tcp.now)
-    assert tcp.condition is Condition.FORWARDING
+    assert tcp.condition() is Condition.FORWARDING
 
 
 # ------------------------------------------------------------------------------- the listening socket
@@ -348,7 +351,7 @@ def test_no_process(tcp: Stage) -> None:
 
 def shared_socket(stage: Stage) -> socket.socket:
     """The listener as its workers have it."""
-    return stage.path._sockets[0].dup()  # noqa: SLF001
+    return stage.path._sockets[0].dup()
 
 
 def test_a_disarmed_listener_is_armed_again(tcp: Stage) -> None:
