@@ -17,10 +17,12 @@ LOOP_SOURCES := $(LOOPS) $(wildcard ambassador/*.pxd)
 # Programs that tests run beside the Engine, each with the Debian package that brings it.
 TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=redis-tools \
 	dnsmasq=dnsmasq-base iptables=iptables
+BENCH_PROGRAMS := ip=iproute2 haproxy=haproxy nginx=nginx-core docker-proxy=docker.io redis-server=redis-server \
+	redis-benchmark=redis-tools iperf3=iperf3 wrk=wrk sockperf=sockperf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize mutants fuzz soak bench calls figures lint reference image lock audit clean
+.PHONY: help build demo test test-sanitize mutants fuzz soak bench lint reference image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,15 +53,9 @@ soak: build ## Run the long scenarios, each for MINUTES=2, and print figures (SE
 mutants: build ## Break it in one place at a time and see the test that must notice (WORDS="T9 U5"; minutes)
 	$(BIN)/python -m tests.mutants $(WORDS)
 
-bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3 CORE=0)
-	$(BIN)/python -m bench --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),0)" $(if $(CORE),--core $(CORE) --output docs/performance/one-core)
-
-calls: build ## Count the system calls of relays for each unit of work, and where their time goes (ROWS= PEERS=)
-	$(BIN)/python -m bench.calls $(if $(ROWS),--rows "$(ROWS)") $(if $(PEERS),--peers "$(PEERS)")
-
-figures: build ## Measure memory and first ratios, as docs/performance.md shows them
-	$(BIN)/python -m bench.install --build-only
-	$(BIN)/python -m bench.figures
+bench: build ## Compare with other relays; minutes (ROWS=bulk1,udp64 PEERS=direct,ambassador,haproxy ROUNDS=3 CORE=0 OUTPUT=file)
+	@$(PYTHON) scripts/debian.py $(BENCH_PROGRAMS) || true
+	$(BIN)/python -m bench.run --rows "$(ROWS)" --peers "$(PEERS)" --rounds "$(or $(ROUNDS),3)" $(if $(CORE),--core $(CORE)) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 lint: build ## Check style and types, and that the C compiler has nothing to say
 	$(BIN)/ruff check .
