@@ -145,7 +145,10 @@ from ambassador._linux cimport (
     splice,
 )
 from ambassador._loop cimport (
+    EVENT_CONTROL,
+    EVENT_LISTENER,
     HEARTBEAT_MS,
+    MAX_EVENTS,
     REASON_CONTROL,
     REASON_DRAINED,
     epoll_add,
@@ -181,7 +184,6 @@ cdef enum:
     POOL_PIPES = 64  # kept open while a burst lasts: 64 x 1 MiB is the default user's share
     MAX_SPARE = 64  # sockets of backends that wait for their next connection while a burst lasts
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
-    EVENT_BATCH = 256
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
     RETRY_LAST_MS = 100
     ACCEPT_PAUSE_MS = 100  # with no descriptor left, accepting rests this long
@@ -239,11 +241,6 @@ cdef enum:  # lists, and states of a connection
     CLOSED = 3
     PARKED = 4
     LISTS = 5
-
-cdef enum:  # what epoll_event.data says where it is no connection
-    EVENT_LISTENER = 0
-    EVENT_CONTROL = 1
-    EVENT_SPECIAL = 2
 
 cdef enum:  # words of the counters page
     ACCEPTED = 0
@@ -1292,13 +1289,13 @@ cdef inline void publish(relay_t *relay) noexcept nogil:
 
 cdef int relay_run(relay_t *relay) noexcept nogil:
     """Until the control pipe has something to read, or draining is over. -1 with errno if epoll fails."""
-    cdef epoll_event events[EVENT_BATCH]
+    cdef epoll_event events[MAX_EVENTS]
     cdef connection_t *connection
     cdef int count, i
     cdef uint64_t data
     cdef bint control = False, clients
     while True:
-        count = epoll_wait(relay.epoll, events, EVENT_BATCH, next_timeout(relay))
+        count = epoll_wait(relay.epoll, events, MAX_EVENTS, next_timeout(relay))
         if count < 0 and errno != EINTR:
             return -1
         relay.now = monotonic_ms()
