@@ -5,9 +5,10 @@ the other slots read it. A loop counts in private memory and copies that to the 
 back what it wrote, so nobody can change its decisions through the page.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport malloc
 
-from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, errno, mmap, munmap
 
 cdef enum:  # words that every loop has; a loop's own follow from COUNTER_OWN, in the order of counters.py
     COUNTER_VERSION = 0
@@ -24,7 +25,7 @@ cdef enum:
 
 
 cdef inline uint64_t *counters_map(int fd, bint writable) noexcept nogil:
-    """The page behind `fd`; NULL with errno if it cannot be had."""
+    """Return the page behind `fd`; NULL with errno if the kernel refuses."""
     cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
     cdef void *page = mmap(NULL, COUNTERS_BYTES, protection, MAP_SHARED, fd, 0)
     return NULL if page == MAP_FAILED else <uint64_t *>page
@@ -33,3 +34,22 @@ cdef inline uint64_t *counters_map(int fd, bint writable) noexcept nogil:
 cdef inline void counters_unmap(uint64_t *page) noexcept nogil:
     if page != NULL:
         munmap(page, COUNTERS_BYTES)
+
+
+cdef inline int siblings_map(tuple fds, uint64_t ***pages, uint32_t *count) except -1:
+    """Map the pages of the listener's other workers, to read. The caller unmaps `count` and frees `pages`.
+
+    Raises OSError, MemoryError, and ValueError if there are too many.
+    """
+    cdef int fd
+    if len(fds) > MAX_SIBLINGS:
+        raise ValueError(f"{len(fds)} siblings are over {MAX_SIBLINGS}")
+    pages[0] = <uint64_t **>malloc((len(fds) + 1) * sizeof(uint64_t *))
+    if pages[0] == NULL:
+        raise MemoryError
+    for fd in fds:
+        pages[0][count[0]] = counters_map(fd, False)
+        if pages[0][count[0]] == NULL:
+            raise OSError(errno, "mmap of a sibling's counters")
+        count[0] += 1
+    return 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ambassador._worker import BACKENDS_WORD, COUNTERS_BYTES, FIRST_COUNTER, GENERATION_WORD
-from ambassador.supervise.worker import COUNTERS
+from ambassador.counters import COUNTERS
 from ambassador.values import Protocol
 
 _COMMON = {"generation": GENERATION_WORD, "backends": BACKENDS_WORD}
@@ -65,8 +65,8 @@ class Watched:
 
     def counters(self) -> Mapping[str, int]:
         values = {name: self._words[place] for name, place in _COMMON.items()}
-        for place, name in enumerate(COUNTERS[self.protocol], FIRST_COUNTER):
-            values[name] = self._words[place]
+        for place, counter in enumerate(COUNTERS[self.protocol], FIRST_COUNTER):
+            values[counter.name] = self._words[place]
         return values
 
     def descriptor_limit(self, soft: int) -> None:
