@@ -1,14 +1,14 @@
 """A connection: its states and lists, hold, dial, keepalive, close, and spare sockets.
 
-While no backend takes connections, clients are held: accepted, and not read. One of them, the probe, tries the
-backend every few milliseconds. When it gets through, all are released.
+While no backend takes connections, clients are held: accepted, and not read. One of them, the probe, tries
+the backend every few milliseconds. When it gets through, all are released.
 
-A connection that ended in both directions leaves its backend's socket: closed for good, with all acknowledged.
-It becomes spare, with its struct, and connects anew for the next client. That saves the making, arming, watching
-and closing of a socket: a seventh of the cost of a short connection.
+A connection that ended in both directions leaves its backend's socket: closed for good, with all
+acknowledged. It becomes spare, with its struct, and connects anew for the next client. That saves the making,
+arming, watching and closing of a socket: a seventh of the cost of a short connection.
 
-Invariants: a connection is in exactly one list, that of its state. A spare socket is not connected and holds no
-bytes and no port. A closed connection's memory is freed after the batch of events that may still name it.
+Invariants: a connection is in exactly one list, that of its state. A spare socket is not connected and holds
+no bytes and no port. A closed connection's memory is freed after the batch of events that may still name it.
 
 Sources: connect(2) for AF_UNSPEC; net/ipv4/tcp.c, tcp_disconnect, for the options that a socket keeps.
 """
@@ -57,10 +57,11 @@ from ambassador._linux cimport (
 )
 from ambassador._list cimport link_t, list_append, list_insert, list_remove
 from ambassador._loop cimport due_by, epoll_add
-from ambassador._options cimport CONNECT_TIMEOUT, HALF_CLOSE_TIMEOUT, IDLE_TIMEOUT, MAX_HELD
+from ambassador._options cimport CONNECT_TIMEOUT, HALF_CLOSE_TIMEOUT, HOLD, IDLE_TIMEOUT, MAX_HELD
 from ambassador._ready cimport ready_interest
-from ambassador._slab cimport slabs_give
+from ambassador._slab cimport slabs_give, slabs_take
 from ambassador._tcp cimport (
+    ACCEPTED,
     BACKEND,
     BULK,
     CLIENT,
@@ -159,12 +160,12 @@ cdef inline bint spare_is_wanted(loop_t *loop) noexcept nogil:
 cdef inline bint socket_is_reusable(connection_t *connection) noexcept nogil:
     """Whether the backend's socket has ended for good and can be used again.
 
-    It has ended if the kernel owes the backend nothing: all is acknowledged, or the backend has reset its side.
-    On one host that is known at once; from another the last acknowledgement is still on its way.
+    It has ended if the kernel owes the backend nothing: all is acknowledged, or the backend has reset its
+    side. On one host that is known at once; from another the last acknowledgement is still on its way.
 
-    A bulk socket is not reusable: its buffers keep their size (net/ipv4/tcp.c, tcp_disconnect). Nor is one without
-    timestamps: it would go on with its sequence numbers (net/ipv4/tcp_ipv4.c, tcp_v4_connect), and only by
-    timestamps can a backend that has this port in TIME_WAIT tell them from a new connection's.
+    A bulk socket is not reusable: its buffers keep their size (net/ipv4/tcp.c, tcp_disconnect). Nor is one
+    without timestamps: it would go on with its sequence numbers (net/ipv4/tcp_ipv4.c, tcp_v4_connect), and
+    only by timestamps can a backend that has this port in TIME_WAIT tell them from a new connection's.
     """
     cdef uint8_t info[6]  # tcp_info (linux/tcp.h) begins with the state; the last of these are the options
     cdef socklen_t length = sizeof(info)
@@ -217,6 +218,21 @@ cdef inline bint socket_reuse(loop_t *loop, connection_t *connection, int family
     close(fd)
     connection.fd[BACKEND] = -1
     return False
+
+
+cdef inline connection_t *connection_new(loop_t *loop, int fd, bint dials) noexcept nogil:
+    """Return a new connection for the client `fd`, with a spare socket if it `dials`; NULL without memory."""
+    cdef connection_t *connection = spare_take(loop) if dials else NULL
+    if connection == NULL:
+        connection = <connection_t *>slabs_take(&loop.connections)
+        if connection == NULL:
+            return NULL
+        connection.fd[BACKEND] = -1
+    connection.fd[CLIENT] = fd
+    connection.times.waiting.hold_until = loop.now + loop.option[HOLD]
+    connection_list(loop, connection, STATE_CONNECTING)
+    loop.tally[ACCEPTED] += 1
+    return connection
 
 
 # ----------------------------------------------------------------------------------------------- close
@@ -279,7 +295,7 @@ cdef inline void free_closed(loop_t *loop) noexcept nogil:
 
 
 cdef inline void connection_hold(loop_t *loop, connection_t *connection) noexcept nogil:
-    """Put it into the held list, sorted by the end of its window. Reject it if it has no window or no room."""
+    """Put it into the held list, sorted by the end of the window. Reject it without a window or room."""
     cdef link_t *after = loop.lists[STATE_HELD].tail
     if (
         connection.times.waiting.hold_until <= loop.now
@@ -396,9 +412,9 @@ cdef inline bint probe_is_wanted(loop_t *loop) noexcept nogil:
 cdef inline void connection_keep_alive(loop_t *loop, connection_t *connection) noexcept nogil:
     """Have the kernel probe the backend while it is silent, and the client, whose socket inherits the rest.
 
-    The kernel's timers of a minute are 2 s coarse. With one idle time for all, thousands of connections would be
-    probed at once and most probes dropped (net.core.netdev_max_backlog), again with each retry, until healthy
-    connections are reset.
+    The kernel's timers of a minute are 2 s coarse. With one idle time for all, thousands of connections would
+    be probed at once and most probes dropped (net.core.netdev_max_backlog), again with each retry, until
+    healthy connections are reset.
     """
     cdef int on = 1, idle, interval = KEEPALIVE_INTERVAL_S, count = KEEPALIVE_COUNT
     cdef int fd = connection.fd[BACKEND]

@@ -1,12 +1,12 @@
 """The counters page of a worker: its common words, and how it is mapped.
 
 Each slot of a listener has a page of its own. The worker in the slot writes it; the parent and the workers of
-the other slots read it. A loop counts in private memory and copies that to the page once a turn: it never reads
-back what it wrote, so nobody can change its decisions through the page.
+the other slots read it. A loop counts in private memory and copies that to the page once a turn: it never
+reads back what it wrote, so nobody can change its decisions through the page.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport malloc
+from libc.stdlib cimport free, malloc
 
 from ambassador._linux cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, errno, mmap, munmap
 
@@ -37,7 +37,7 @@ cdef inline void counters_unmap(uint64_t *page) noexcept nogil:
 
 
 cdef inline int siblings_map(tuple fds, uint64_t ***pages, uint32_t *count) except -1:
-    """Map the pages of the listener's other workers, to read. The caller unmaps `count` and frees `pages`.
+    """Map the pages of the listener's other workers, to read. siblings_unmap undoes it, also after an error.
 
     Raises OSError, MemoryError, and ValueError if there are too many.
     """
@@ -53,3 +53,10 @@ cdef inline int siblings_map(tuple fds, uint64_t ***pages, uint32_t *count) exce
             raise OSError(errno, "mmap of a sibling's counters")
         count[0] += 1
     return 0
+
+
+cdef inline void siblings_unmap(uint64_t **pages, uint32_t count) noexcept nogil:
+    cdef uint32_t i
+    for i in range(count):
+        counters_unmap(pages[i])
+    free(pages)

@@ -1,12 +1,12 @@
 """One direction of a connection: bytes from a source to a destination. It closes nothing.
 
-A direction copies first: recv into the loop's buffer, send at once. After FULL_READS full reads it is bulk: it
-borrows a pipe and splices. After SMALL_MOVES small moves it copies again. Splicing loses below about 8-16 KiB a
-move and won twofold at 64 KiB and over in the experiments before this loop.
+A direction copies first: recv into the loop's buffer, send at once. After FULL_READS full reads it is bulk:
+it borrows a pipe and splices. After SMALL_MOVES small moves it copies again. Splicing loses below about 8-16
+KiB a move and won twofold at 64 KiB and over in the experiments before this loop.
 
-If a batch has several events, small reads are deferred: they stay in the buffer, one behind the other, and are
-sent at the end of the batch. Receivers then wake once for several messages, and the kernel's code for each step
-stays in the cache.
+If a batch has several events, small reads are deferred: they stay in the buffer, one behind the other, and
+are sent at the end of the batch. Receivers then wake once for several messages, and the kernel's code for
+each step stays in the cache.
 
 Invariants: nothing is read while bytes of the direction are in flight; its end is forwarded only with nothing
 in flight; a direction that waits for its source has no pipe and no buffer.
@@ -173,8 +173,8 @@ cdef inline int direction_send(
     cdef direction_t *direction = &connection.direction[d]
     cdef ssize_t sent
     cdef int on = 1
-    # The first write is never delayed (net/ipv4/tcp_output.c, tcp_nagle_check: nothing small is under way), and
-    # connections of one request save the call. The client's socket inherits the option.
+    # The first write is never delayed (net/ipv4/tcp_output.c, tcp_nagle_check: nothing small is under way),
+    # and connections of one request save the call. The client's socket inherits the option.
     if d == TO_BACKEND and connection.sends < 2:
         connection.sends += 1
         if connection.sends == 2:
@@ -196,7 +196,7 @@ cdef inline int direction_send(
 cdef inline bint direction_defer(
     loop_t *loop, connection_t *connection, int d, char *bytes, uint32_t length
 ) noexcept nogil:
-    """Leave `bytes` in the loop's buffer until the end of the batch. Return False if they must be sent now."""
+    """Leave `bytes` in the loop's buffer until the end of the batch. Return False to send them now."""
     cdef direction_t *direction = &connection.direction[d]
     if not loop.deferring or loop.deferred_count == MAX_DEFERRED or loop.deferred_bytes + length > COPY_BYTES:
         return False
@@ -304,8 +304,8 @@ cdef inline int direction_end(
         if shutdown(connection.fd[1 - d], SHUT_WR) < 0:
             return PUMP_FAILED
     elif d == TO_BACKEND and spare_wanted:
-        # Without a spare socket the second end needs no call of its own: the close of the socket says it. If the
-        # call fails, the backend has reset its side, which ends the socket too.
+        # Without a spare socket the second end needs no call of its own: the close of the socket says it. If
+        # the call fails, the backend has reset its side, which ends the socket too.
         shutdown(connection.fd[BACKEND], SHUT_WR)
     direction.flags |= END_FORWARDED
     direction.ended_at = <uint32_t>loop.now

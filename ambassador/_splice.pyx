@@ -1,12 +1,11 @@
 """The TCP loop: one edge-triggered epoll loop that moves bytes between pairs of sockets.
 
-Theory of operation
--------------------
-A *connection* is two sockets, the client's and the backend's, and two *directions*, each with a source and a
-destination. Each socket is added to epoll once. What epoll reports is kept in its ready bits until a call answers
-EAGAIN. Only one thing changes its interest: if bytes pile up behind a full destination, the source is paused
-until it has been emptied, so that not each segment wakes the loop. A direction that has spent its budget goes to
-the ready list, so that one bulk stream does not starve the rest.
+Theory of operation ------------------- A *connection* is two sockets, the client's and the backend's, and two
+*directions*, each with a source and a destination. Each socket is added to epoll once. What epoll reports is
+kept in its ready bits until a call answers EAGAIN. Only one thing changes its interest: if bytes pile up
+behind a full destination, the source is paused until it has been emptied, so that not each segment wakes the
+loop. A direction that has spent its budget goes to the ready list, so that one bulk stream does not starve
+the rest.
 
 Parts, from the bottom; none calls up:
 
@@ -17,17 +16,13 @@ Parts, from the bottom; none calls up:
     _connection  states, hold, dial, keepalive, close, spare sockets
     this file    events, accept, expiry, the loop, the Python API
 
-Invariants
-----------
-- What was read first leaves first: nothing is read from a source while its direction has bytes in flight.
-- The end comes last: a direction forwards end of file only with nothing in flight.
-- A client that sees a clean end has got every byte. Every socket is armed (SO_LINGER with time 0; the client's
-  inherits it from the listener), so whatever ends a connection, SIGKILL of this process included, ends it with a
-  reset. Only a connection whose two directions have ended is disarmed first.
+Invariants, beside those of the parts
+-------------------------------------
+- A client that sees a clean end has got every byte. Every socket is armed (SO_LINGER with time 0; the
+  client's inherits it from the listener), so whatever ends a connection, SIGKILL of this process included,
+  ends it with a reset. Only a connection whose two directions have ended is disarmed first.
 - Deferred bytes are sent, or kept elsewhere, before the batch ends.
-- An idle connection has no pipe and no buffer.
-- A spare socket is used only after all events of a batch, so no event of its former connection meets the new one.
-- Counters are written and never read.
+- A spare socket is used only after all events of a batch: none of its former connection meets the new one.
 - Ownership: the loop owns every descriptor that it accepts or makes, and its mappings. The listener and the
   control pipe belong to the caller and must outlive the loop.
 
@@ -44,22 +39,22 @@ from ambassador._backends cimport backends_have, backends_replace
 from ambassador._connection cimport *
 from ambassador._counters cimport (
     COUNTER_BACKENDS, COUNTER_GENERATION, COUNTER_OWN, COUNTER_VERSION, COUNTERS_VERSION, counters_map,
-    counters_unmap, siblings_map,
+    counters_unmap, siblings_map, siblings_unmap,
 )
 from ambassador._linux cimport (
-    EAGAIN, ECONNRESET, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR, EPOLLEXCLUSIVE,
-    EPOLLHUP, EPOLLIN, MADV_DONTNEED, SO_ERROR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET, accept4, close,
-    epoll_create1, epoll_ctl, epoll_event, errno, getsockopt, madvise, munmap, socklen_t,
+    EAGAIN, ECONNRESET, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR,
+    EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN, MADV_DONTNEED, SO_ERROR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
+    accept4, close, epoll_create1, epoll_ctl, epoll_event, errno, getsockopt, madvise, munmap, socklen_t,
 )
 from ambassador._loop cimport (
-    EVENT_CONTROL, EVENT_LISTENER, HEARTBEAT_MS, MAX_EVENTS, REASON_CONTROL, REASON_DRAINED, due_by, epoll_add,
-    idle_begins, loop_wait, monotonic_ms, pages_map,
+    EVENT_CONTROL, EVENT_LISTENER, HEARTBEAT_MS, MAX_EVENTS, REASON_CONTROL, REASON_DRAINED, due_by,
+    epoll_add, idle_begins, loop_wait, monotonic_ms, pages_map,
 )
-from ambassador._options cimport HALF_CLOSE_TIMEOUT, HOLD, IDLE_TIMEOUT, MAX_CONNECTIONS, options_t
+from ambassador._options cimport HALF_CLOSE_TIMEOUT, IDLE_TIMEOUT, MAX_CONNECTIONS, options_t
 from ambassador._pipes cimport pool_close
 from ambassador._ready cimport *
 from ambassador._record cimport update_read, update_view_t
-from ambassador._slab cimport slabs_free, slabs_init, slabs_take
+from ambassador._slab cimport slabs_free, slabs_init
 from ambassador._tcp cimport *
 
 CONTROL = REASON_CONTROL
@@ -96,8 +91,8 @@ cdef void connection_event(loop_t *loop, uint64_t data, uint32_t events) noexcep
             if error != ECONNRESET:
                 connection_dial_failed(loop, connection, error)
                 return
-            # It accepted and then reset the connection before this event. What it sent first is still queued, and
-            # ERROR_QUEUED makes the end behind that a reset.
+            # It accepted the connection, then reset it. Its bytes are still queued, and ERROR_QUEUED makes
+            # the end behind them a reset.
         connection_connected(loop, connection)
     connection_pump(loop, connection)
 
@@ -130,19 +125,11 @@ cdef void accept_one(loop_t *loop, int fd) noexcept nogil:
     cdef bint dials = (
         loop.backends.total_weight > 0 and loop.lists[STATE_HELD].length == 0 and loop.probe == NULL
     )
-    cdef connection_t *connection = spare_take(loop) if dials else NULL
+    cdef connection_t *connection = connection_new(loop, fd, dials)
     if connection == NULL:
-        connection = <connection_t *>slabs_take(&loop.connections)
-        if connection == NULL:
-            close(fd)
-            loop.out_of_descriptors = True
-            return
-        connection.fd[BACKEND] = -1
-    connection.fd[CLIENT] = fd
-    connection.times.waiting.hold_until = loop.now + loop.option[HOLD]
-    connection_list(loop, connection, STATE_CONNECTING)
-    loop.tally[ACCEPTED] += 1
-    if epoll_add(loop.epoll, fd, ready_interest(0), <uintptr_t>connection | CLIENT) < 0:
+        close(fd)
+        loop.out_of_descriptors = True
+    elif epoll_add(loop.epoll, fd, ready_interest(0), <uintptr_t>connection | CLIENT) < 0:
         connection_close(loop, connection, RESET)
     elif dials:
         connection_dial(loop, connection)
@@ -164,20 +151,15 @@ cdef bint listener_is_full(loop_t *loop) noexcept nogil:
     return active >= <uint64_t>loop.option[MAX_CONNECTIONS]
 
 
-cdef void accept_rejected(loop_t *loop, int fd) noexcept nogil:
-    """Reset the client: its socket inherits SO_LINGER 0. In the backlog it would get no answer."""
-    close(fd)
-    loop.tally[ACCEPTED] += 1
-    loop.tally[REJECTED] += 1
-    loop.tally[OVER_LIMIT] += 1
-
-
 cdef void accept_batch(loop_t *loop) noexcept nogil:
     cdef int fd, _one
     for _one in range(ACCEPT_BATCH):
         fd = accept4(loop.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd >= 0 and listener_is_full(loop):
-            accept_rejected(loop, fd)
+            close(fd)  # a reset: it inherits SO_LINGER 0. Left in the backlog, it would get no answer
+            loop.tally[ACCEPTED] += 1
+            loop.tally[REJECTED] += 1
+            loop.tally[OVER_LIMIT] += 1
         elif fd >= 0:
             accept_one(loop, fd)
             if loop.sibling_count:
@@ -190,8 +172,8 @@ cdef void accept_batch(loop_t *loop) noexcept nogil:
             loop.tally[NO_DESCRIPTOR] += 1
             loop.out_of_descriptors = True
             return
-        # Any other error (ECONNABORTED, EPROTO, EINTR, the network's) is of one connection that is already gone:
-        # accept(2), "Error handling".
+        # Any other error (ECONNABORTED, EPROTO, EINTR, the network's) is of one connection that is already
+        # gone: accept(2), "Error handling".
 
 
 # ---------------------------------------------------------------------------------------------- expiry
@@ -200,8 +182,8 @@ cdef void accept_batch(loop_t *loop) noexcept nogil:
 cdef void expire_idle(loop_t *loop) noexcept nogil:
     """Reset the connections that were silent or half-closed for too long.
 
-    This looks at every open one, so that a byte reorders no list; but only if one may be due, and not more often
-    than the precision needs.
+    This looks at every open one, so that a byte reorders no list; but only if one may be due, and not more
+    often than the precision needs.
     """
     cdef connection_t *connection = first_in(loop, STATE_OPEN)
     cdef connection_t *following
@@ -289,12 +271,12 @@ cdef inline void publish(loop_t *loop) noexcept nogil:
 
 
 cdef int loop_run(loop_t *loop) noexcept nogil:
-    """Return REASON_CONTROL if the control pipe is readable, REASON_DRAINED, or -1 with errno if epoll fails."""
+    """Return REASON_CONTROL if the control pipe is readable, REASON_DRAINED, or -1 with errno from epoll."""
     cdef epoll_event events[MAX_EVENTS]
     cdef bint control = False, clients
     cdef int count, i
     while True:
-        count = loop_wait(loop.epoll, events, next_due(loop), &loop.now, loop.page)  # sets clock and heartbeat
+        count = loop_wait(loop.epoll, events, next_due(loop), &loop.now, loop.page)  # clock, heartbeat
         if count < 0:
             return -1
         trim_when_idle(loop, count)
@@ -336,7 +318,7 @@ cdef void apply_options(loop_t *loop, options_t option) noexcept nogil:
 
 
 cdef void apply_backends(loop_t *loop) noexcept nogil:
-    """The list has changed: reset what is open to a backend that is not in it, hold what is connecting to one."""
+    """Reset what is open to a backend that is no longer in the list; hold what is connecting to one."""
     cdef connection_t *connection
     cdef connection_t *following
     cdef int state
@@ -360,25 +342,22 @@ cdef void apply_backends(loop_t *loop) noexcept nogil:
 # ---------------------------------------------------------------------------------------------- Python
 
 
-def _ready(uint8_t bits, uint8_t destination, uint32_t events):
-    """Return what the pure functions of _ready.pxd answer, in their order there. For tests."""
+def ready_functions(uint8_t bits, uint8_t destination, uint32_t events):
+    """For tests: return what the pure functions of _ready.pxd return, in their order there."""
     return (
         ready_after(bits, events),
-        ready_to_move(bits, destination),
-        ready_to_splice(bits),
-        ready_short_read_empties(bits),
-        ready_only_fin(bits),
-        ready_interest(bits),
+        ready_to_move(bits, destination), ready_to_splice(bits),
+        ready_short_read_empties(bits), ready_only_fin(bits), ready_interest(bits),
     )
 
 
 cdef class TcpLoop:
     """The loop of one worker, over a listening socket.
 
-    `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control pipe,
-    non-blocking) stay the caller's. `counters` is a descriptor of the worker's page, and `siblings` are those of
-    the listener's other workers. The loop maps them; the caller may close them then. The loop accepts nobody
-    before its first `update`. Raises OSError if the kernel refuses, and MemoryError.
+    `listener` (listening, non-blocking, with SO_LINGER 0 set) and `control` (the read end of the control
+    pipe, non-blocking) stay the caller's. `counters` is a descriptor of the worker's page, and `siblings` are
+    those of the listener's other workers. The loop maps them; the caller may close them then. The loop
+    accepts nobody before its first `update`. Raises OSError if the kernel refuses, and MemoryError.
     """
 
     cdef loop_t loop
@@ -402,16 +381,13 @@ cdef class TcpLoop:
         loop.epoll = epoll_create1(EPOLL_CLOEXEC)
         if loop.epoll < 0:
             raise OSError(errno, "epoll_create1")
-        if listener_watch(loop) < 0:
-            raise OSError(errno, "epoll_ctl of the listener")
-        if epoll_add(loop.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
-            raise OSError(errno, "epoll_ctl of the control pipe")
+        if listener_watch(loop) < 0 or epoll_add(loop.epoll, control, EPOLLIN, EVENT_CONTROL) < 0:
+            raise OSError(errno, "epoll_ctl of the listener or the control pipe")
         loop.page[COUNTER_VERSION] = COUNTERS_VERSION
 
     def __dealloc__(self):
         cdef loop_t *loop = &self.loop
         cdef int state
-        cdef uint32_t i
         if loop.page == NULL:
             return
         for state in range(STATE_CLOSED):
@@ -429,17 +405,15 @@ cdef class TcpLoop:
             munmap(loop.workspace, sizeof(workspace_t))
         free(loop.backends.items)
         free(loop.access.items)
-        for i in range(loop.sibling_count):
-            counters_unmap(loop.siblings[i])
-        free(loop.siblings)
+        siblings_unmap(loop.siblings, loop.sibling_count)
         publish(loop)
         counters_unmap(loop.page)
 
     def update(self, uint64_t generation, bytes payload):
         """Take the whole new state, the payload of an Update record. Raises ValueError if it is none.
 
-        No backend means hold. Connections to a backend that is not in the list are reset; attempts to connect to
-        one start anew. A backend of weight 0 keeps what is open.
+        No backend means hold. Connections to a backend that is not in the list are reset; attempts to connect
+        to one start anew. A backend of weight 0 keeps what is open.
         """
         cdef update_view_t view
         cdef options_t option

@@ -15,7 +15,7 @@ from ambassador._slab cimport slabs_t
 
 cdef enum:
     COPY_BYTES = 65536  # of one read while copying
-    FULL_READ = COPY_BYTES // 2  # bytes; segments do not fit the buffer, so a full read may be shorter than it
+    FULL_READ = COPY_BYTES // 2  # bytes; segments do not fit the buffer, so a full read may be shorter
     FULL_READS = 3  # in a row make a direction bulk (HAProxy's rule)
     SMALL_MOVE = 16384  # bytes; below this a splice costs more than a copy
     SMALL_MOVES = 3  # in a row make a direction copy again
@@ -74,7 +74,7 @@ cdef enum:  # flags of a direction
     SPLICING = 1
     SOURCE_ENDED = 2  # end of file was read
     END_FORWARDED = 4
-    DESTINATION_CLOSED = 8  # no write succeeds; the destination's last bytes are still read, then a reset follows
+    DESTINATION_CLOSED = 8  # no write succeeds; its last bytes are still read, then a reset follows
     DEFERRED = 16  # `unsent` is a part of the loop's buffer, until the end of the batch
     BULK = 32  # was spliced once: the kernel has given its sockets large buffers
 
