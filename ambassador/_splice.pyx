@@ -1,11 +1,12 @@
 """The TCP loop: one edge-triggered epoll loop that moves bytes between pairs of sockets.
 
-Theory of operation ------------------- A *connection* is two sockets, the client's and the backend's, and two
-*directions*, each with a source and a destination. Each socket is added to epoll once. What epoll reports is
-kept in its ready bits until a call answers EAGAIN. Only one thing changes its interest: if bytes pile up
-behind a full destination, the source is paused until it has been emptied, so that not each segment wakes the
-loop. A direction that has spent its budget goes to the ready list, so that one bulk stream does not starve
-the rest.
+Theory of operation
+-------------------
+A *connection* is two sockets, the client's and the backend's, and two *directions*, each with a source and a
+destination. Each socket is added to epoll once. What epoll reports is kept in its ready bits until a call
+answers EAGAIN. If bytes pile up behind a full destination, the source is paused until it has been emptied;
+else each segment would wake the loop. A direction that has spent its budget goes to the ready list, so that
+one bulk stream does not starve the rest.
 
 Parts, from the bottom; none calls up:
 
@@ -73,7 +74,7 @@ cdef void connection_event(loop_t *loop, uint64_t data, uint32_t events) noexcep
     if connection.state >= STATE_CLOSED:  # closed by an earlier event of this batch, or spare
         return
     connection.ready[side] = bits
-    # If this send fails, it queues an end that is no clean one: so it comes before the pump.
+    # What was deferred goes to this socket first: if that fails, its end is no clean one.
     if events & END_EVENTS and not connection_send_deferred(loop, connection, 1 - side):
         return
     if connection.state == STATE_OPEN and bits == known:
