@@ -1,4 +1,4 @@
-"""The backends that a loop may use: the newest list, replaced whole."""
+"""The backends that a loop may use, replaced whole by each update."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -17,7 +17,7 @@ ctypedef union address_t:
     sockaddr_in6 v6
 
 cdef struct backend_t:
-    uint64_t id  # the listener's number for this run of this container at this address
+    uint64_t id  # of this run of this container at this address; the listener never reuses one
     uint32_t weight
     socklen_t length
     address_t address
@@ -71,7 +71,7 @@ cdef inline int backends_change(backends_t *old, backend_t *items, uint32_t coun
 
 
 cdef inline int backends_replace(backends_t *backends, update_view_t *view) except -1:
-    """Take the list of an update that has been read, and return how it differs. Raises MemoryError."""
+    """Replace the list by that of a checked update. Return how it differs. Raises MemoryError."""
     cdef uint32_t count = view.head.backends, i
     cdef backend_item_t item
     cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))

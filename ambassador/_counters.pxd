@@ -1,8 +1,8 @@
 """The counters page of a worker: its common words, and how it is mapped.
 
 Each slot of a listener has a page of its own. The worker in the slot writes it; the parent and the workers of
-the other slots read it. A loop counts in private memory and copies that to the page once a turn: it never reads
-back what it wrote, so nobody can change its decisions through the page.
+the other slots read it. A loop counts in private memory and copies that to the page once a turn. It never
+reads its page, so no other process can change its decisions through it.
 """
 
 from libc.stdint cimport uint64_t
@@ -14,7 +14,7 @@ cdef enum:  # words that every loop has; a loop's own follow from COUNTER_OWN, i
     COUNTER_GENERATION = 1  # of the update in force
     COUNTER_BACKENDS = 2  # how many there are in it
     COUNTER_HEARTBEAT = 3  # CLOCK_MONOTONIC in ms at the latest turn of the loop; 0 until the first
-    COUNTER_SANDBOX = 7  # what the worker gave up (_sandbox.pyx); 0 until it has
+    COUNTER_SANDBOX = 7  # which steps of the sandbox hold (_sandbox.pyx); 0 until it is entered
     COUNTER_OWN = 8
 
 cdef enum:
@@ -24,7 +24,7 @@ cdef enum:
 
 
 cdef inline uint64_t *counters_map(int fd, bint writable) noexcept nogil:
-    """The page behind `fd`; NULL with errno if it cannot be had."""
+    """Map the page behind `fd`; NULL with errno. counters_unmap unmaps it."""
     cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
     cdef void *page = mmap(NULL, COUNTERS_BYTES, protection, MAP_SHARED, fd, 0)
     return NULL if page == MAP_FAILED else <uint64_t *>page

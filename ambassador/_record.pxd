@@ -1,9 +1,10 @@
 """Control records as a worker reads them (control.py packs them and has their form).
 
-Inline functions only: `_control` checks a whole record, and the loops read an update's payload in place. They make
-no Python objects, since each page that Python touches is one that the worker no longer shares.
+Inline functions only: `_control` checks a whole record, and the loops read an update's payload in place. They
+make no Python objects: each page that Python touches is one that the worker no longer shares.
 
-Invariants: nothing is read past `length`; what does not parse raises ValueError. Little-endian machines only.
+Invariants: no byte past `length` is read; a payload that does not parse raises ValueError. Little-endian
+only.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -45,7 +46,7 @@ cdef packed struct start_t:
     uint16_t slot
     uint16_t slots
 
-cdef packed struct update_t:  # what follows it: so many of each, in this order
+cdef packed struct update_t:  # so many of each follow, in this order
     uint16_t options
     uint16_t backends
     uint16_t rules
@@ -79,7 +80,7 @@ cdef struct update_view_t:  # an update's parts, inside its payload
 
 
 cdef inline int start_read(const char *payload, size_t length, start_t *start) except -1:
-    """Fill `start`. Raises ValueError for what is no Start."""
+    """Fill `start`. Raises ValueError if the payload is not a Start."""
     if length != sizeof(start_t):
         raise ValueError(f"type {KIND_START} of {length} bytes")
     memcpy(start, payload, sizeof(start_t))
@@ -93,7 +94,7 @@ cdef inline int start_read(const char *payload, size_t length, start_t *start) e
 
 
 cdef inline int options_read(const char *items, size_t count, options_t option) except -1:
-    """Set every option. Raises ValueError if one is missing, given twice, unknown or too large."""
+    """Fill `option`. Raises ValueError if an option is missing, given twice, unknown or too large."""
     cdef option_item_t item
     cdef uint64_t seen = 0
     cdef size_t i
@@ -134,7 +135,7 @@ cdef inline int rule_check(const rule_item_t *item) except -1:
 cdef inline int update_read(
     const char *payload, size_t length, update_view_t *view, options_t option
 ) except -1:
-    """Fill `view` and `option`, and check every item. Raises ValueError for what is no Update."""
+    """Fill `view` and `option`, and check every item. Raises ValueError if the payload is not an Update."""
     cdef backend_item_t backend
     cdef rule_item_t rule
     cdef size_t at = sizeof(update_t), i
