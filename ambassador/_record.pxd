@@ -19,6 +19,7 @@ cdef enum:
     MAX_RECORD_RULES = 16384
     MAX_WORKER_SLOTS = 64
     MAX_OPTION_VALUE = 0xFFFFFFFF
+    MAX_WEIGHT = 65535
 
 cdef enum:
     KIND_START = 1
@@ -110,26 +111,30 @@ cdef inline int options_read(const char *items, size_t count, options_t option) 
     return 0
 
 
-cdef inline int backend_check(const backend_item_t *item) except -1:
+cdef inline int address_check(int version, const char *address) except -1:
     cdef int i
+    for i in range(4 if version == 4 else 16, 16):
+        if address[i]:
+            raise ValueError("family 4 with more than 4 bytes of address")
+    return 0
+
+
+cdef inline int backend_check(const backend_item_t *item) except -1:
     if item.version != 4 and item.version != 6 or item.reserved:
         raise ValueError(f"backend of family {item.version} with reserved {item.reserved}")
     if not item.port or (item.zone and item.version == 4):
         raise ValueError(f"backend of family {item.version} with port {item.port}, zone {item.zone}")
-    if item.weight > 65535:
+    if item.weight > MAX_WEIGHT:
         raise ValueError(f"backend with weight {item.weight}")
-    for i in range(4 if item.version == 4 else 16, 16):
-        if item.address[i]:
-            raise ValueError("backend of family 4 with more than 4 bytes of address")
-    return 0
+    return address_check(item.version, item.address)
 
 
 cdef inline int rule_check(const rule_item_t *item) except -1:
     if item.version != 4 and item.version != 6 or item.reserved or item.allow > 1:
-        raise ValueError(f"rule of family {item.version} with reserved {item.reserved}")
+        raise ValueError(f"rule of family {item.version} with reserved {item.reserved}, allow {item.allow}")
     if item.prefix > (32 if item.version == 4 else 128):
         raise ValueError(f"rule of family {item.version} with prefix {item.prefix}")
-    return 0
+    return address_check(item.version, item.address)
 
 
 cdef inline int update_read(
@@ -148,8 +153,10 @@ cdef inline int update_read(
     view.rules = payload + at
     at += view.head.rules * sizeof(rule_item_t)
     view.title = payload + at
-    if length != at + view.head.title_bytes or view.head.backends > MAX_RECORD_BACKENDS:
-        raise ValueError(f"{view.head.backends} backends in {length} bytes")
+    if view.head.backends > MAX_RECORD_BACKENDS or view.head.rules > MAX_RECORD_RULES:
+        raise ValueError(f"{view.head.backends} backends and {view.head.rules} rules")
+    if length != at + view.head.title_bytes:
+        raise ValueError(f"type {KIND_UPDATE} of {length} bytes instead of {at + view.head.title_bytes}")
     options_read(payload + sizeof(update_t), view.head.options, option)
     for i in range(view.head.backends):
         memcpy(&backend, view.backends + i * sizeof(backend_item_t), sizeof(backend_item_t))

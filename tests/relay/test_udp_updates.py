@@ -1,4 +1,4 @@
-"""What an Update changes in a running UDP worker, and what it leaves alone: options, weights, more backends."""
+"""What an Update changes in a running UDP worker, and what stays: options, weights, more backends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from .conftest import Start
 from .datagrams import datagram, is_silent, number_of, numbers, receive, talk
@@ -54,6 +55,10 @@ def ping_pong(peers: Peers, port: int, clients: int) -> Iterator[Callable[[], in
     assert all(replies)
 
 
+def more_than(count: int, replies: Callable[[], int]) -> bool:
+    return replies() > count
+
+
 def test_options_change_under_traffic(start_udp: Start, peers: Peers) -> None:
     """An Update that changes only options disturbs no session: no datagram is lost, no socket is new."""
     server = peers.udp()
@@ -68,7 +73,7 @@ def test_options_change_under_traffic(start_udp: Start, peers: Peers) -> None:
         for change in changes:
             worker.change(**change)
             had = replies()
-            wait_until(lambda had=had: replies() > had + 40, "no traffic after a change")
+            wait_until(partial(more_than, had + 40, replies), "no traffic after a change")
         assert worker.descriptors() == sockets
     worker.wait_for(sessions_created=8, sessions_active=8, sessions_evicted=0, queued=0)
     check_udp_counters(worker)
