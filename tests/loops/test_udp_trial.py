@@ -46,7 +46,7 @@ def test_what_waited_reaches_a_server_that_listens_late(
         time.sleep(late_s)
         clients[0].sendto(datagram(0, 20, 60), ("127.0.0.1", worker.port))
         worker.wait_for(received_from_client=61, queued=61)
-        assert worker.counter("refused") >= 1, "the trial was refused, and everything still waits"
+        assert worker.counter("refused") >= 1, "the probe was refused, and everything still waits"
         with listen(port) as server:
             got = receive(server, 61)
     order: dict[int, list[int]] = {}
@@ -57,7 +57,7 @@ def test_what_waited_reaches_a_server_that_listens_late(
 
 
 def test_a_server_that_listens_gets_the_rest_at_once(start_udp: StartWorker, peers: Peers) -> None:
-    """The trial costs a listening server's clients some ten milliseconds, not a retry."""
+    """The probe costs a listening server's clients some ten milliseconds, not a retry."""
     client, server = peers.udp(), peers.udp()
     worker = start_udp()
     for number in range(64):
@@ -72,7 +72,7 @@ def test_a_server_that_listens_gets_the_rest_at_once(start_udp: StartWorker, pee
 def test_a_burst_in_the_moment_of_the_repoint_is_not_cut(
     start_udp: StartWorker, peers: Peers
 ) -> None:
-    """While the trial is under way and not refused, a full queue is released rather than overflow."""
+    """While the probe is under way and not refused, a full queue is released rather than overflow."""
     client, server = peers.udp(), peers.udp()
     worker = start_udp()
     with worker.stopped():
@@ -98,8 +98,8 @@ def test_the_window_ends(start_udp: StartWorker, peers: Peers) -> None:
         assert worker.counter("refused") <= refused + 1, "the last one's own refusal, no more"
 
 
-def test_a_target_that_goes_away_during_the_trial(start_udp: StartWorker, peers: Peers) -> None:
-    """U7: held again, then another run: the datagram that had gone ahead is sent to that one, once."""
+def test_a_target_that_goes_away_during_the_probe(start_udp: StartWorker, peers: Peers) -> None:
+    """U7: held again, then another run: the probe is sent to that one, once."""
     client, server = peers.udp(), peers.udp()
     worker = start_udp()
     with reserved() as port:
@@ -114,14 +114,14 @@ def test_a_target_that_goes_away_during_the_trial(start_udp: StartWorker, peers:
     worker.wait_for(queued=0)
 
 
-def test_a_trial_that_a_repoint_cuts_short(start_udp: StartWorker, peers: Peers) -> None:
-    """U7: what went ahead to a backend that is gone already was sent: once, and counted once."""
+def test_a_probe_that_a_repoint_cuts_short(start_udp: StartWorker, peers: Peers) -> None:
+    """U7: the probe to a backend that is gone already was sent: once, and counted once."""
     client, server, other = peers.udp(), peers.udp(), peers.udp()
     worker = start_udp()
     for number in range(5):
         client.sendto(datagram(1, number, 60), ("127.0.0.1", worker.port))
     worker.wait_for(queued=5)
-    with worker.stopped():  # so that both changes come before the trial is over
+    with worker.stopped():  # so that both changes come before the probe is over
         worker.tell(destination(server))
         worker.tell()
     worker.wait_for(generation=3)
