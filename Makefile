@@ -33,7 +33,7 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 	@$(PYTHON) scripts/debian.py need $(TEST_PROGRAMS) || true
 	@# Where no Engine can be had the Docker tests fail, each with the reason; the others still run.
 	@$(PYTHON) scripts/images.py || true
-	$(BIN)/python -m pytest -n 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(ARGS)
 
 test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/loops -k tcp')
 	$(BIN)/python scripts/sanitize.py $(ARGS)

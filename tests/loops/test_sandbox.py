@@ -28,7 +28,7 @@ from tests.support.endpoints import Peers, Server, read_exactly
 from tests.support.net import free_port
 from tests.support.processes import status
 from tests.support.program import Program, Run
-from tests.support.wait import TIMEOUT_S, wait_until
+from tests.support.wait import TIMEOUT_S
 from tests.support.worker import StartWorker, destination
 
 pytestmark = pytest.mark.native
