@@ -37,7 +37,7 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 	@$(PYTHON) scripts/debian.py $(TEST_PROGRAMS) || true
 	@# If there is no Engine the Docker tests fail, each with the reason; the others still run.
 	@$(PYTHON) scripts/images.py || true
-	$(BIN)/python -m pytest -n 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(ARGS)
 
 test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/loops -k tcp')
 	$(BIN)/python -m tests.sanitize $(ARGS)

@@ -210,6 +210,7 @@ def test_parent_sleeps_through_churn(stage: Stage) -> None:
     assert len(workers_of(ambassador.pid)) == 1
 
 
+@pytest.mark.alone  # the Engine has no events meanwhile
 def test_proxy_that_cuts_idle_streams(stage: Stage, tmp_path: Path) -> None:
     """D8: subscribed again in silence, as often as it is cut; nothing is repointed, nothing missed."""
     port = free_port()

@@ -46,7 +46,7 @@ from tests.support.worker import Parent, Watched, bind_free, check_tcp_counters,
 
 from .crowd import NARROW_SERVER, Crowd, End
 
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "6"))
 STEPS = int(os.environ.get("MACHINE_STEPS", "40"))
 SHRINK = [Phase.shrink] if os.environ.get("MACHINE_SHRINK") else []
 
