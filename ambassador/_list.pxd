@@ -1,7 +1,7 @@
 """One intrusive, doubly linked list: for connections, sessions and slabs.
 
-A member is a struct that starts with its link_t, so a pointer to either is a pointer to both. A list of zeroes
-is empty. Invariant: a member is in one list at most.
+A member is a struct that starts with its link_t, so a pointer to either is a pointer to both. A list of
+zeroes is empty. Invariant: a member is in one list at most.
 """
 
 from libc.stdint cimport uint32_t

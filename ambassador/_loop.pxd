@@ -26,7 +26,7 @@ from ambassador._linux cimport (
 )
 
 cdef enum:
-    HEARTBEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from one that is stuck
+    HEARTBEAT_MS = 2000  # an idle loop turns this often, so that the parent can tell it from a stuck one
     MAX_EVENTS = 256  # of one turn
 
 cdef enum:  # epoll_event.data of the loop's own descriptors; all else is a pointer
@@ -41,8 +41,8 @@ cdef enum:  # why a loop returned to Python
 cdef inline void *pages_map(size_t length) noexcept nogil:
     """`length` bytes of zeroes in pages of their own, NULL without memory; the caller unmaps them (munmap).
 
-    They take memory once they are written to. calloc would clear, and so copy, pages of the heap that is shared
-    with the fork server.
+    They take memory once they are written to. calloc would clear, and so copy, pages of the heap that is
+    shared with the fork server.
     """
     cdef void *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     return NULL if pages == MAP_FAILED else pages
@@ -79,7 +79,7 @@ cdef inline void due_by(int64_t *due, int64_t when) noexcept nogil:
 cdef inline int loop_wait(
     int epoll, epoll_event *events, int64_t due, int64_t *now, uint64_t *page
 ) noexcept nogil:
-    """Wait for up to MAX_EVENTS events until `due`, a heartbeat at most. Then set the clock and the heartbeat.
+    """Wait until `due`, a heartbeat at most, for up to MAX_EVENTS events. Then set clock and heartbeat.
 
     Return how many events there are, 0 after a signal, -1 with errno if epoll fails.
     """

@@ -1,8 +1,8 @@
 """Memory for many structs of one size, in slabs of pages of its own.
 
-A worker is a fork: it shares its first heap, full of small holes, with the fork server. A connection in such a
-hole would make a page private, in both processes. After a burst a slab goes back to the kernel; a heap shrinks
-only from its end.
+A worker is a fork: it shares its first heap, full of small holes, with the fork server. A connection in such
+a hole would make a page private, in both processes. After a burst a slab goes back to the kernel; a heap
+shrinks only from its end.
 
 Invariants: a slab is aligned to its size, so an item's address leads to it; a slab is in the list exactly
 while it has room; at most one slab is kept empty. Inline functions only, as in _loop.pxd.

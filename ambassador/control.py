@@ -127,7 +127,7 @@ def _pack_update(record: Update) -> bytes:
     ):
         if count > most:
             raise ValueError(f"{count} {what} are over {most}")
-    numbered = [row for row in rows(ListenerOptions) if row.wire]
+    numbered = [row for row in rows(type(record.options)) if row.wire]
     title = record.title.encode("utf-8", "backslashreplace")
     return b"".join(
         [

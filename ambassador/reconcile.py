@@ -126,12 +126,13 @@ def plan(
         spec, old = desired[listen], running.get(listen)
         if old is None:
             actions.append(Open(spec))
-        elif _needs_new_workers(spec.options, old.options):
+        elif needs_new_workers(spec.options, old.options):
             actions.append(Replace(spec))
         elif spec != old:
             actions.append(Update(spec))
     return actions
 
 
-def _needs_new_workers(new: ListenerOptions, old: ListenerOptions) -> bool:
+def needs_new_workers(new: ListenerOptions, old: ListenerOptions) -> bool:
+    """Whether an option differs that a running worker cannot change."""
     return any(getattr(new, name) != getattr(old, name) for name in _REPLACING)

@@ -29,7 +29,7 @@ class Protocol(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind(Generic[T]):
-    """A kind of option value. `parse` takes the text and the bounds (None: none), and raises ValueError."""
+    """A kind of option value. `parse` takes the text and both bounds (None: none); raises ValueError."""
 
     metavar: str
     parse: Callable[[str, int | None, int | None], T]
@@ -37,7 +37,11 @@ class Kind(Generic[T]):
 
 
 MAX_NANOSECONDS = (1 << 63) - 1
+"""A Go duration is a signed 64-bit count of nanoseconds: about 292 years."""
+
 MAX_DIGITS = 19
+"""Of a number that fits 63 bits. A longer one is cut before int() spends time on it."""
+
 NANOSECONDS = {
     "ns": 1,
     "us": 1_000,
@@ -132,16 +136,26 @@ def split_address(text: str) -> tuple[str, str | None]:
     return host, port if colon else None
 
 
+def _number(text: str) -> int | None:
+    """A number in digits 0-9, else None: int() also takes other scripts, signs, spaces, underscores.
+
+    A number that is too long for any bound is cut, and is still too large.
+    """
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return int(text.lstrip("0")[: MAX_DIGITS + 1] or "0")
+
+
 def parse_port(text: str) -> int:
+    """A port number, 1 to 65535."""
     if not text:
         raise ValueError("a port is missing; write a number from 1 to 65535")
-    # int() also takes digits of other scripts, signs, spaces and underscores.
-    if not (text.isascii() and text.isdigit()):
+    port = _number(text)
+    if port is None:
         raise ValueError(f"port {quote(text)} is not a number; write 1 to 65535 in digits 0-9")
-    digits = text.lstrip("0") or "0"
-    if len(digits) > 5 or not 1 <= int(digits) <= 65535:
+    if not 1 <= port <= 65535:
         raise ValueError(f"port {text[:20]} is out of range; write 1 to 65535")
-    return int(digits)
+    return port
 
 
 def parse_ip(text: str) -> str:
@@ -172,11 +186,11 @@ def _not_an_ip(text: str) -> str:
 
 
 def _parse_zone(zone: str) -> int:
-    if zone.isascii() and zone.isdigit():
-        digits = zone.lstrip("0") or "0"
-        if len(digits) > 10 or not 1 <= int(digits) < 1 << 32:
+    number = _number(zone)
+    if number is not None:
+        if not 1 <= number < 1 << 32:
             raise ValueError(f"interface number {zone[:20]} is out of range; write its name")
-        return int(digits)
+        return number
     try:
         return socket.if_nametoindex(zone)
     except (OSError, ValueError):
@@ -194,7 +208,7 @@ LOG_LEVELS = {
     "fatal": "fatal",
     "panic": "panic",
 }
-"""What a user may write for a level, as logrus reads it, and its one name."""
+"""The levels as logrus reads them, and the one name of each."""
 
 
 def _duration(text: str, low: int | None, high: int | None) -> int:
@@ -204,7 +218,8 @@ def _duration(text: str, low: int | None, high: int | None) -> int:
         raise ValueError("it is negative; write 0 or more")
     milliseconds = -(-nanoseconds // 1_000_000)
     if low is not None and milliseconds < low:
-        raise ValueError("write more than 0")
+        least = "more than 0" if low == 1 else f"{show_duration(low)} or more"
+        raise ValueError(f"write {least}")
     if high is not None and milliseconds > high:
         raise ValueError(f"it is too long; write {show_duration(high)} or less")
     return milliseconds
@@ -212,21 +227,18 @@ def _duration(text: str, low: int | None, high: int | None) -> int:
 
 def show_duration(milliseconds: int) -> str:
     """The shortest text with one unit: `90s`, `300ms`, `1000h`, `0`."""
-    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
-        if (
-            milliseconds >= size
-            and milliseconds % size == 0
-            and not (unit == "m" and milliseconds < 600_000)
-        ):
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        if milliseconds and milliseconds % size == 0:
             return f"{milliseconds // size}{unit}"
-    return f"{milliseconds}ms" if milliseconds else "0"
+    return "0"
 
 
 def _count(text: str, low: int | None, high: int | None) -> int:
-    least, most = low or 0, high if high is not None else 1 << 32
-    if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+    least, most = low or 0, (1 << 32) - 1 if high is None else high
+    number = _number(text)
+    if number is None or not least <= number <= most:
         raise ValueError(f"write a number from {least} to {most}")
-    return int(text)
+    return number
 
 
 def _workers(text: str, low: int | None, high: int | None) -> int:
@@ -238,14 +250,14 @@ def _workers(text: str, low: int | None, high: int | None) -> int:
         raise ValueError(f"{error}, or auto") from None
 
 
-def _level(text: str, low: int | None, high: int | None) -> str:
+def _level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(f"write one of {', '.join(LOG_LEVELS)}")
     return LOG_LEVELS[text.lower()]
 
 
 def _unbounded(parse: Callable[[str], T]) -> Callable[[str, int | None, int | None], T]:
-    return lambda text, low, high: parse(text)
+    return lambda text, _low, _high: parse(text)
 
 
 TEXT = Kind("TEXT", _unbounded(parse_text), str)
@@ -254,7 +266,7 @@ DURATION = Kind("DURATION", _duration, show_duration)
 COUNT = Kind("N", _count, str)
 BYTES = Kind("BYTES", _count, str)
 WORKERS = Kind("N", _workers, str)
-LEVEL = Kind("LEVEL", _level, str)
+LEVEL = Kind("LEVEL", _unbounded(_level), str)
 
 
 def choice(members: type[enum.StrEnum]) -> Kind[Any]:

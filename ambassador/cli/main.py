@@ -1,4 +1,4 @@
-"""The command: reads the options, wires the objects and runs them. The only composition root.
+"""The command: reads the arguments, wires the objects and runs them. The only composition root.
 
 The order matters. The fork server is forked before anything heavy is imported and before any thread exists;
 that is why the imports of what only the parent needs stand inside functions.
@@ -10,144 +10,102 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 from ambassador import __version__
 from ambassador.cli.arguments import (
+    Arguments,
+    ArgumentsError,
     Command,
-    ConfigError,
-    MissingName,
-    Options,
-    UsageError,
     check_tls_files,
-    parse_options,
+    parse_arguments,
 )
 from ambassador.supervise.forkserver import ForkServer
 from ambassador.system.titles import PROGRAM, set_title
 
-if TYPE_CHECKING:
-    from ambassador.supervise.supervisor import Limits
-
 LOG_FLUSH_S = 0.3
 """What standard error gets to take the last lines."""
-
-MAX_SESSIONS = 16_384
-SPARE_DESCRIPTORS = 64
-"""Of a worker's limit: what is not a UDP session's socket."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code: 0, 1 for what cannot be set up, 2 for bad usage."""
     try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments, os.environ)
-        if options.command is Command.VERSION:
-            print(f"{PROGRAM} {__version__}")
-            return 0
-        if options.command is Command.HELP:
-            print(options.usage, end="")
-            return 0
-        options = check_tls_files(options)
-    except (UsageError, MissingName, ConfigError) as error:
+        read = parse_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
+        read = check_tls_files(read)
+    except ArgumentsError as error:
         print(error, file=sys.stderr)
         print(getattr(error, "usage", ""), file=sys.stderr, end="")
         return error.exit_code
+    if read.command is Command.VERSION:
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if read.command is Command.HELP:
+        print(read.usage, end="")
+        return 0
+    return _run(read)
+
+
+def _run(arguments: Arguments) -> int:
     # As PID 1 a signal without a handler is ignored: until the supervisor has its own, stopping is easy.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    descriptors = _raise_descriptor_limit()
-    fork_server = ForkServer.fork()
-    return _run(options, fork_server, descriptors)
-
-
-def _raise_descriptor_limit() -> int:
-    """Lift the soft limit to the hard one; inherited by every worker. The limit now."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every worker inherits it
+    fork_server = ForkServer.fork()
+    from ambassador.system import logs  # noqa: PLC0415 - after the fork, as all that only the parent needs
 
-
-def port_limits(asked: int, workers: int, descriptors: int) -> tuple[int, int]:
-    """TCP connections of a port, and UDP sessions of each of its workers; 0 is asked for no number.
-
-    Connections are counted in all workers of a port together. The kernel spreads UDP clients evenly over
-    workers, so that each has its share of the sessions.
-    """
-    room = max(2, descriptors - SPARE_DESCRIPTORS)
-    connections, sessions = workers * (room // 2), min(MAX_SESSIONS, room)
-    if asked:
-        connections, sessions = min(asked, connections), min(max(1, asked // workers), room)
-    return connections, sessions
-
-
-def _run(options: Options, fork_server: ForkServer, descriptors: int) -> int:
-    import logging  # noqa: PLC0415 - after the fork, as all that the fork server has no use for
-
-    from ambassador.supervise.supervisor import Limits  # noqa: PLC0415
-    from ambassador.system import logs  # noqa: PLC0415
-
-    lines = logs.setup(options.log_level)
-    log = logging.getLogger(__name__)
-    connections, sessions = port_limits(options.max_connections, options.workers, descriptors)
-    if connections < options.max_connections:
-        log.warning(
-            "descriptors do not suffice for -max-connections %d: raise ulimit -n",
-            options.max_connections,
-            extra={"fields": {"connections": connections}},
-        )
-    limits = Limits(
-        hold_ms=options.hold_ms,
-        drain_ms=options.drain_ms,
-        workers=options.workers,
-        sandbox=options.sandbox,
-        max_connections=connections,
-        max_sessions=sessions,
-        idle_ms=options.idle_ms,
-        half_close_ms=options.half_close_ms,
-        session_idle_ms=options.session_idle_ms,
-    )
-    held = {"connections": connections, "sessions": sessions * options.workers}
-    log.info("each port can hold", extra={"fields": held})
+    lines = logs.setup(arguments.program.log_level)
     try:
-        if options.command is Command.RELAY:
-            return _relay(options, fork_server, limits)
-        return _follow(options, fork_server, limits)
+        return _COMMANDS[arguments.command](arguments, fork_server)
     finally:
         lines.close(LOG_FLUSH_S)
 
 
-def _relay(options: Options, fork_server: ForkServer, limits: Limits) -> int:
+def _relay(arguments: Arguments, fork_server: ForkServer) -> int:
     """To fixed addresses, with no Docker at all."""
     from ambassador.model import DesiredState  # noqa: PLC0415
     from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
 
     set_title("relay")
-    desired = DesiredState({route.listener: route for route in options.routes})
-    return Supervisor(fork_server, lambda: desired, limits).run()
+    desired = DesiredState({spec.listen: spec for spec in arguments.routes})
+    sandbox = arguments.program.sandbox
+    return Supervisor(fork_server, lambda: desired, sandbox=sandbox).run()
 
 
-def _follow(options: Options, fork_server: ForkServer, limits: Limits) -> int:
+def _follow(arguments: Arguments, fork_server: ForkServer) -> int:
     """Follow containers through the Docker Engine."""
     import logging  # noqa: PLC0415
 
-    from ambassador.discovery.docker_source import DockerSource, connect_engine  # noqa: PLC0415
+    from ambassador.discovery.docker_source import DockerSource  # noqa: PLC0415
+    from ambassador.engine.client import connect_engine  # noqa: PLC0415
     from ambassador.reconcile import merge  # noqa: PLC0415
     from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
 
-    set_title(f"following {', '.join(options.targets)}")
+    names, engine = arguments.program.name, arguments.engine
+    set_title(f"following {', '.join(names)}")
     log = logging.getLogger(__name__)
-    for warning in options.warnings:
+    for warning in arguments.warnings:
         log.warning("%s", warning)
-    supervisor = Supervisor(fork_server, lambda: merge(discovery.states()), limits)
-    discovery = DockerSource(
-        lambda: connect_engine(options.docker_host, tls=options.tls),
-        options.targets,
-        network=options.network,
+    supervisor = Supervisor(
+        fork_server,
+        lambda: merge(source.targets(), arguments.listener),
+        sandbox=arguments.program.sandbox,
+    )
+    source = DockerSource(
+        lambda: connect_engine(engine.url, tls=engine.tls),
+        names,
+        network=arguments.target.network,
         on_change=supervisor.wake,
         log=log,
     )
-    discovery.start()
+    source.start()
     try:
         return supervisor.run()
     finally:
-        discovery.stop()
+        source.stop()
+
+
+_COMMANDS: Mapping[Command, Callable[[Arguments, ForkServer], int]] = {
+    Command.FOLLOW: _follow,
+    Command.RELAY: _relay,
+}

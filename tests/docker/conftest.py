@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.docker.engine import Engine, Stage, make_images, start_engine
-from tests.docker.own_engine import ADMIN_PATH, OwnEngine
+from tests.support.engine import Engine, Stage, make_images, start_engine
+from tests.support.own_engine import ADMIN_PATH, OwnEngine
 
 
 @pytest.fixture(scope="session")

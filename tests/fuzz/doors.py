@@ -17,13 +17,14 @@ from typing import Any
 from setproctitle import getproctitle, setproctitle
 
 from ambassador import _control
-from ambassador.cli.arguments import MissingName, UsageError, parse_options, parse_routes
-from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, pack
-from ambassador.discovery.docker_source import documents
-from ambassador.discovery.docker_source import target_address as inspect
+from ambassador.cli.arguments import Command, MissingName, UsageError, parse_arguments
+from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, Update, pack
+from ambassador.discovery import documents, own_networks, target_address
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
-from ambassador.model import Route, TargetState
+from ambassador.model import ListenerSpec, TargetState
+from ambassador.options import ListenerOptions
 from ambassador.reconcile import merge
+from ambassador.rules import parse_routes
 from ambassador.system.logs import format_line
 from ambassador.system.titles import PROGRAM, set_title
 from tests.support.records import HEADER_BYTES, unpack, unpack_payload
@@ -129,33 +130,33 @@ def document(data: bytes) -> None:
     read = _json(data)
     if not isinstance(read, dict):
         return
-    own = documents.own_networks_of(read)
-    for own_networks in (documents.OwnNetworks(), own, documents.own_networks_of(read, read)):
-        for network in (None, "bridge"):
-            for joined in (None, read):
-                state = inspect.target_state(
-                    "web\n", read, own_networks, network=network, joined=joined
+    own = own_networks.own_networks_of(read)
+    shared = own_networks.own_networks_of(read, read)
+    for ours in (own_networks.OwnNetworks(), own, shared):
+        for network in ("", "bridge"):
+            for owner in (None, read):
+                state = target_address.target_state(
+                    "web\n", read, ours, network=network, network_owner=owner
                 )
                 _check_state(state)
-                _check_state(inspect.keep_exposed(state, inspect.absent_state(state)))
-                inspect.awaits_address(read, state)
+                _check_state(target_address.keep_ports(state, target_address.absent_state(state)))
+                target_address.awaits_address(read, state)
     documents.is_target(read, "web")
-    documents.needs_drivers(read, own, None)
+    target_address.needs_drivers(read, own, "")
     documents.started_after(read, read)
 
 
 def _check_state(state: TargetState) -> None:
     assert is_one_line(state.problem)
-    desired = merge((state,))
+    desired = merge((state,), ListenerOptions())
     assert all(map(is_one_line, desired.problems))
-    _check_routes(tuple(desired.routes.values()))
+    _check_routes(desired.listeners.values())
 
 
-def _check_routes(routes: tuple[Route, ...]) -> None:
+def _check_routes(specs: Iterable[ListenerSpec]) -> None:
     """What was made of it can be told to a worker, whole."""
-    for route in routes:
-        pack(Start(route.listener))
-        pack(Repoint(1, tuple(Destination(b.address, b.port, 1) for b in route.backends)))
+    for spec in specs:
+        pack(Update(1, spec.options, tuple(enumerate(spec.backends, 1)), title=str(spec.listen)))
 
 
 def networks(data: bytes) -> None:
@@ -170,7 +171,7 @@ def networks(data: bytes) -> None:
 def own_id(data: bytes) -> None:
     """mountinfo and cgroup: container names and paths stand in them."""
     mounts, _, cgroup = data.decode(errors="replace").partition("\0")
-    found = documents.own_container_id(mounts, cgroup)
+    found = own_networks.own_container_id(mounts, cgroup)
     assert found is None or len(found) == 64
 
 
@@ -193,29 +194,31 @@ def arguments(data: bytes) -> None:
         environment = dict(word.split("=", 1) for word in words[:at] if "=" in word)
         words = words[at + 1 :]
     try:
-        options = parse_options(words, environment)
+        read = parse_arguments(words, environment)
     except UsageError as error:
         assert is_one_line(str(error))
         assert error.exit_code == 2
-        assert error.usage
+        assert error.usage or str(error).endswith("-help")
         return
     except MissingName as error:
         assert error.exit_code == 1
         return
-    _check_routes(options.routes)
-    for route in options.routes:
-        pack(Start(route.listener, hold_ms=options.hold_ms))
-    assert all(is_one_line(warning) for warning in options.warnings)
-    assert 0 <= options.drain_ms < 1 << 32
-    assert options.docker_host.startswith(("unix://", "tcp://", "")) and options.workers >= 1
+    _check_routes(read.routes)
+    assert all(is_one_line(warning) for warning in read.warnings)
+    assert 0 <= read.listener.drain < 1 << 32
+    assert read.listener.workers >= 1
+    if read.command is Command.FOLLOW:
+        assert read.engine.url.startswith(("unix:///", "tcp://"))
+    else:
+        assert not read.engine.url, "nobody asks an Engine"
 
 
 def routes(data: bytes) -> None:
     """I1: `PORT/PROTOCOL=ADDRESS:PORT`, one to a line. Digits are 0 to 9 only."""
     specs = data.decode(errors="surrogateescape").split("\n")
     try:
-        _check_routes(parse_routes(specs))
-    except UsageError as error:
+        _check_routes(parse_routes(specs, ListenerOptions()))
+    except ValueError as error:
         assert is_one_line(str(error))
         return
     assert all(spec.partition("%")[0].isascii() for spec in specs)

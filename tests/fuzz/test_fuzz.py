@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ambassador.cli.arguments import MissingName, UsageError, parse_options
+from ambassador.cli.arguments import MissingName, UsageError, parse_arguments
 from ambassador.cli.main import main
 from tests.fuzz.doors import DOORS, seeds
 from tests.fuzz.mutate import nonsense
@@ -54,7 +54,7 @@ def test_the_program_ends_with_a_line(
     words = [os.fsdecode(word) for word in path.read_bytes().split(b"\0")]
     monkeypatch.setattr(os, "environ", {})
     try:
-        parse_options(words, {})
+        parse_arguments(words, {})
     except (UsageError, MissingName) as error:
         assert main(words) == error.exit_code
         first, *_ = capsys.readouterr().err.splitlines()

@@ -5,84 +5,104 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ambassador import __version__
-from ambassador.cli.arguments import follow_usage, relay_usage
-from tests.unit.test_options import BAD_COMMAND_LINES, BAD_ENGINES, BAD_ROUTES
+from ambassador.cli.main import main
+from ambassador.cli.usage import follow_usage, relay_usage
+from tests.unit.test_address import BAD_ENGINES
+from tests.unit.test_arguments import BAD_COMMAND_LINES, BAD_RELAYS
+from tests.unit.test_rules import BAD_ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
-
 GOOD_ROUTE = "2/tcp=10.0.0.9:2"
+FOLLOW_HELP = "; see grand-ambassador -help"
+RELAY_HELP = "; see grand-ambassador relay -help"
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`grand-ambassador arguments`, away from this machine's Docker settings."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`grand-ambassador arguments`, in this process; the words `NAME=value` of `environment` are all."""
+
+    def run(*arguments: str, **environment: str) -> Done:
+        monkeypatch.setattr(os, "environ", environment)
+        code = main(arguments)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD_COMMAND_LINES)
+def test_refused_command_lines(run: Run, arguments: list[str], line: str) -> None:
+    """Go prints the usage after the line."""
+    assert run(*arguments) == Done(2, "", f"{line}\n{follow_usage()}")
+
+
+def one_line(done: Done, end: str) -> str:
+    """What the program printed: one line and no usage."""
+    assert (done.returncode, done.stdout) == (2, "")
+    line = done.stderr.removesuffix("\n")
+    assert line.isprintable()
+    assert line.endswith(end)
+    return line
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD_RELAYS)
+def test_refused_relays(run: Run, arguments: list[str], line: str) -> None:
+    assert one_line(run("relay", *arguments), RELAY_HELP).startswith(line)
+
+
+@pytest.mark.parametrize(("spec", "reason"), BAD_ROUTES)
+def test_refused_routes(run: Run, spec: str, reason: str) -> None:
+    line = one_line(run("relay", GOOD_ROUTE, spec), RELAY_HELP)
+    assert line.startswith("invalid route ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(("written", "reason"), BAD_ENGINES)
+def test_refused_addresses_of_the_engine(run: Run, written: str, reason: str) -> None:
+    line, _, rest = run("-name", "x", "-sock", written).stderr.partition("\n")
+    assert reason in line
+    assert rest == follow_usage()
+
+
+@pytest.mark.parametrize("variable", ["DOCKER_HOST", "AMBASSADOR_SOCK"])
+def test_a_refused_address_of_the_engine_in_the_environment(run: Run, variable: str) -> None:
+    line = one_line(run("-name", "x", **{variable: "ssh://me@host"}), FOLLOW_HELP)
+    assert line.startswith(f'invalid value "ssh://me@host" for {variable}: ')
+
+
+def test_a_program_of_its_own_says_the_same() -> None:
+    """A process, an argument that is no Unicode, and no traceback."""
     done = subprocess.run(
-        [sys.executable, "-m", "ambassador", *arguments],
+        [sys.executable, "-m", "ambassador", b"relay", b"-\x80"],
         cwd=ROOT,
-        env={**kept, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def refused(*arguments: str, **environment: str) -> str:
-    """The line that refuses `arguments`: alone but for the usage, which follows as Go has it."""
-    done = run(*arguments, **environment)
-    line, _, rest = done.stderr.partition("\n")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert rest.lstrip("\n") == (relay_usage() if arguments[0] == "relay" else follow_usage())
-    assert line.isprintable()
-    return line
-
-
-@pytest.mark.parametrize(("arguments", "line"), BAD_COMMAND_LINES)
-def test_refused_command_lines(arguments: list[str], line: str) -> None:
-    assert refused(*arguments) == line
-
-
-@pytest.mark.parametrize(
-    ("spec", "reason"), [row for row in BAD_ROUTES if "\0" not in row[0]]
-)  # no argument can hold a NUL
-def test_refused_routes(spec: str, reason: str) -> None:
-    line = refused("relay", GOOD_ROUTE, spec)
-    assert line.startswith("invalid route ")
-    assert reason in line
-
-
-def test_a_listener_given_twice() -> None:
-    line = refused("relay", GOOD_ROUTE, "2/tcp=10.0.0.8:2")
-    assert line == (
-        'invalid route "2/tcp=10.0.0.8:2": 2/tcp is already given; write each listener once'
-    )
-
-
-@pytest.mark.parametrize(("written", "reason"), BAD_ENGINES)
-def test_refused_addresses_of_the_engine(written: str, reason: str) -> None:
-    assert reason in refused("-name", "x", "-sock", written)
-
-
-def test_a_refused_address_of_the_engine_in_the_environment() -> None:
-    line = refused("-name", "x", DOCKER_HOST="ssh://me@host")
-    assert line.startswith('invalid value "ssh://me@host" for DOCKER_HOST: ')
-
-
-def test_an_argument_that_is_no_unicode_is_escaped() -> None:
-    assert refused("-\udc80") == "flag provided but not defined: -\\udc80"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"flag provided but not defined: -\\udc80{RELAY_HELP}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["-wait"], ["-sock", "/nowhere"], ["-hold=0"]])
-def test_a_missing_name(arguments: list[str]) -> None:
+def test_a_missing_name(run: Run, arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "Missing required arguments *name*\n"
@@ -95,7 +115,9 @@ def test_a_missing_name(arguments: list[str]) -> None:
         (["-tls", "-tlscert=/nowhere/c.pem"], "/nowhere/c.pem", "-tlscert"),
     ],
 )
-def test_a_missing_tls_file(tmp_path: Path, arguments: list[str], missing: str, flag: str) -> None:
+def test_a_missing_tls_file(
+    run: Run, tmp_path: Path, arguments: list[str], missing: str, flag: str
+) -> None:
     done = run(
         "-name", "x", "-sock", "tcp://127.0.0.1:1", *arguments, DOCKER_CERT_PATH=str(tmp_path)
     )
@@ -108,7 +130,7 @@ def test_a_missing_tls_file(tmp_path: Path, arguments: list[str], missing: str, 
 
 
 @pytest.mark.parametrize("form", [[], ["relay"]], ids=["follow", "relay"])
-def test_the_version(form: list[str]) -> None:
+def test_the_version(run: Run, form: list[str]) -> None:
     for word in ("-version", "--version"):
         done = run(*form, word)
         assert (done.returncode, done.stderr) == (0, "")
@@ -118,7 +140,7 @@ def test_the_version(form: list[str]) -> None:
 @pytest.mark.parametrize(
     ("form", "usage"), [([], follow_usage()), (["relay"], relay_usage())], ids=["follow", "relay"]
 )
-def test_help_goes_to_standard_output(form: list[str], usage: str) -> None:
+def test_help_goes_to_standard_output(run: Run, form: list[str], usage: str) -> None:
     for word in ("-h", "-help", "--help"):
         done = run(*form, word)
         assert (done.returncode, done.stderr) == (0, "")
