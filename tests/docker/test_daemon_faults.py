@@ -143,7 +143,7 @@ def test_daemon_hangs(own: OwnEngine) -> None:
                 assert any(f"{port}/tcp {db.name} -> " in title for title in titles)
                 # One that starts, and one that is told to end, do not wait for Docker either.
                 other = Program("-sock", str(own.socket), *names)
-                other.wait_for_line("each port can hold")
+                other.wait_for_line("cannot ask Docker")
                 time.sleep(0.5)  # until it asks
                 begin = time.monotonic()
                 assert other.stop() == 0
