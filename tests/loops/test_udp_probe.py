@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.endpoints import Peers, datagram, number_of, numbers, receive
-from tests.support.wait import TIMEOUT_S
+from tests.support.wait import TIMEOUT_S, wait_until
 from tests.support.worker import StartWorker, check_udp_counters, destination
 
 
@@ -107,6 +107,7 @@ def test_a_target_that_goes_away_during_the_probe(start_udp: StartWorker, peers:
         client.sendto(b"two", ("127.0.0.1", worker.port))
         worker.wait_for(queued=2)
         worker.repoint(destination(("127.0.0.1", port)))
+        wait_until(lambda: worker.counter("refused") > 0, "nothing has gone ahead")
         worker.wait_for(queued=2)
         worker.repoint()
         worker.repoint(destination(server, 2))
