@@ -1,4 +1,4 @@
-"""The words of the TCP loop: ready bits over all states and events, counters, the size of a connection."""
+"""The TCP loop's ready bits over all states and events, and the size of a connection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPO
 import pytest
 
 from ambassador import _splice
-from ambassador.counters import TCP
 
 VOCABULARY = Path(_splice.__file__).parent / "_tcp.pxd"
 
@@ -38,10 +37,9 @@ def constants(first: str) -> dict[str, int]:
         rf"^cdef enum:[^\n]*\n    {first}\b.*?\n\n", VOCABULARY.read_text(), re.M | re.S
     )
     assert enum
-    values: dict[str, int] = {}
-    for name, value in re.findall(r"^    (\w+)(?: = (\d+))?", enum.group(), re.M):
-        values[name] = int(value) if value else len(values)
-    return values
+    return {
+        name: int(value) for name, value in re.findall(r"^    (\w+) = (\d+)", enum.group(), re.M)
+    }
 
 
 def test_the_bits_are_those_of_the_loop() -> None:
@@ -84,11 +82,6 @@ def test_what_the_bits_mean(bits: int) -> None:
     for destination in STATES:
         moves = _splice.ready_functions(bits, destination, 0)[1]
         assert moves == (bool(bits & READ_READY) and bool(destination & WRITE_READY))
-
-
-def test_the_counters_are_the_rows_of_the_table() -> None:
-    *names, end = constants("ACCEPTED")
-    assert (names, end) == ([counter.name.upper() for counter in TCP], "COUNTERS_END")
 
 
 def test_a_connection_is_two_cache_lines() -> None:
