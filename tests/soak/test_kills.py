@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -85,6 +86,8 @@ def test_kills(server: int, minutes: float) -> None:
     )
     findings = [finding for tally in tallies for finding in tally.findings]
     assert not findings
+    for (number, protocol), seconds in took.items():
+        assert number != signal.SIGKILL or statistics.median(seconds) < 1, protocol
     assert not [line for line in ambassador.lines if "degraded" in line]
     for kind in ("parent", "fork server"):
         assert after[kind].descriptors <= before[kind].descriptors, kind
