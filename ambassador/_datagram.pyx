@@ -15,7 +15,7 @@ remembers the size.
 
 A container that has just started does not listen yet, and UDP has no handshake to tell. So after a backend
 comes the loop *probes*: it queues, as while held, and sends one datagram ahead. If the backend's kernel
-refuses it (ICMP, at once where it happens at all), the loop sends it again a little later. If the backend
+refuses it (ICMP, at once if at all), the loop sends it again a little later. If the backend
 answers it, or nobody refuses it for PROBE_MS, the loop releases every queue. A session whose backend stays
 does not wait for that.
 

@@ -65,7 +65,7 @@ cdef extern from *:
        refused. Calls of another architecture (int 0x80) carry its AUDIT_ARCH and are fatal.
 
        Arguments are compared in their lower halves, which is all that the kernel reads of these (int and
-       unsigned int), or where the bit that matters is (prot). */
+       unsigned int), or the half with the bit that matters (prot). */
 
     #if defined(__x86_64__) && !defined(__ILP32__)
     #define OUR_ARCH AUDIT_ARCH_X86_64

@@ -196,7 +196,7 @@ cdef inline void session_close(loop_t *loop, session_t *session, int counter) no
 
 
 cdef inline void free_closed(loop_t *loop) noexcept nogil:
-    """Free the closed sessions. No event of the turn may name them any more."""
+    """Free the closed sessions. After the events of a turn: they may name one."""
     cdef session_t *session
     while loop.closed != NULL:
         session = loop.closed

@@ -11,7 +11,7 @@ must hold: the invariants of docs/design.md, numbered below.
 
 Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make a longer run,
 `MACHINE_SHRINK=1` looks for the shortest steps to one. A failure is printed as steps, to make a test of:
-of the loop it was in where that can be told apart (test_udp_trial.py has the first), else at the end here.
+of the loop it was in where that can be told apart (test_udp_probe.py has the first), else at the end here.
 """
 
 from __future__ import annotations
