@@ -18,7 +18,7 @@ from tests.support.net import Namespace, linked
 from tests.support.processes import peer_of, private_kb, processor_s, sockets_of
 from tests.support.program import Program
 from tests.support.wait import wait_until
-from tests.support.worker import StartWorker, check_tcp_counters, destination, sockets
+from tests.support.worker import StartWorker, check_tcp_counters, destination
 
 MIB = 1 << 20
 

@@ -62,9 +62,15 @@ def read() -> list[Mutant]:
         found = (REPO / mutant.file).read_text().count(mutant.old)
         if found != 1:
             raise ValueError(f"{mutant.name}: `old` occurs {found} times in {mutant.file}")
-        if not (REPO / mutant.test.partition("::")[0]).exists():
+        if not _exists(mutant.test):
             raise ValueError(f"{mutant.name}: there is no {mutant.test}")
     return mutants
+
+
+def _exists(test: str) -> bool:
+    path, _, function = test.partition("::")
+    file = REPO / path
+    return file.exists() and (not function or f"def {function}(" in file.read_text())
 
 
 def copy() -> None:

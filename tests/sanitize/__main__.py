@@ -24,7 +24,7 @@ REPORTS = PLACE / "reports"
 FLAGS = (
     "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 )
-TESTS = ("tests/relay", "tests/unit/test_control.py")
+TESTS = ("tests/loops", "tests/unit/test_control.py")
 SHOWN_LINES = 40
 
 

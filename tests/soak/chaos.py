@@ -9,10 +9,12 @@ import signal
 import time
 from pathlib import Path
 
-from tests.support.engine import DEMO, Box, HostAmbassador, Stage, wait_for
+from tests.soak.clients import Tally
+from tests.support.engine import DEMO, Box, Stage
 from tests.support.own_engine import OwnEngine
 from tests.support.processes import is_gone, workers_of
-from tests.soak.clients import Tally
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SERVER = (Path(__file__).parent / "server.py").read_text()
 SETTLE_S = 3.0
@@ -33,7 +35,7 @@ class Chaos:
     """One disturbance after another; `step` does one. Runs in a thread of its own."""
 
     def __init__(
-        self, stage: Stage, own: OwnEngine, ambassador: HostAmbassador, target: Box, *, port: int,
+        self, stage: Stage, own: OwnEngine, ambassador: Program, target: Box, *, port: int,
         seed: int,
     ) -> None:  # fmt: skip
         self.stage, self.own, self.ambassador, self.target = stage, own, ambassador, target
@@ -79,7 +81,7 @@ class Chaos:
             self.target.kill()
         else:
             self.target.stop(2)
-        wait_for("the target's end", lambda: not self.target.is_running())
+        wait_until(lambda: not self.target.is_running(), "the target runs on")
 
     def _start_target(self) -> None:
         self.target.start()
@@ -92,7 +94,7 @@ class Chaos:
         """Wait until a client gets an answer."""
         now = time.monotonic()
         try:
-            wait_for("an answer", lambda: self.tally.answered_at > now, RECOVER_S)
+            wait_until(lambda: self.tally.answered_at > now, "no answer", RECOVER_S)
         except AssertionError:
             self.tally.find("stuck", f"no client was answered for {RECOVER_S:g} s")
 
@@ -103,7 +105,7 @@ class Chaos:
         victim = self.dice.choice(workers_of(self.ambassador.pid))
         os.kill(victim.pid, signal.SIGSTOP if self.dice.random() < 0.3 else signal.SIGKILL)
         self.tally.counts["workers killed"] += 1
-        wait_for("the worker's end", lambda: is_gone(victim), KILLED_S)
+        wait_until(lambda: is_gone(victim), "the worker runs on", KILLED_S)
 
     # The daemon
 
@@ -122,5 +124,5 @@ class Chaos:
         self.ambassador.wait_for_line("connected to Docker again", since=said)
         self.returns.append(time.monotonic() - back)
         if dies:
-            wait_for("the target's end", lambda: not self.target.is_running())
+            wait_until(lambda: not self.target.is_running(), "the target runs on")
             self._start_target()

@@ -8,8 +8,13 @@ import resource
 
 import pytest
 
-from tests.docker.conftest import engine, own, stage  # noqa: F401 - fixtures
+from tests.docker.conftest import engine, own, stage
+from tests.loops.conftest import loopback, peers, run, start, start_tcp, start_udp, tools, yard
 from tests.soak import report
+
+__all__ = [
+    "engine", "loopback", "own", "peers", "run", "stage", "start", "start_tcp", "start_udp", "tools", "yard",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

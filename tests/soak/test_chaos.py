@@ -14,14 +14,16 @@ import threading
 import time
 import traceback
 
-from tests.support.engine import HostAmbassador, Stage, wait_for
-from tests.support.own_engine import OwnEngine
-from tests.support.endpoints import free_port
 from tests.soak import clients, report, samples
 from tests.soak.chaos import Chaos, create_server
 from tests.soak.clients import FATAL, NAME
 from tests.soak.report import milliseconds, say, table
 from tests.soak.samples import KINDS, Use
+from tests.support.engine import Stage
+from tests.support.net import free_port
+from tests.support.own_engine import OwnEngine
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SAMPLE_S = 1.0
 SAY_EACH = 10
@@ -60,7 +62,7 @@ def test_chaos(own: OwnEngine, minutes: float, seed: int) -> None:
 class Soak:
     """One run: clients in this thread, chaos and samples in two others."""
 
-    def __init__(self, ambassador: HostAmbassador, chaos: Chaos) -> None:
+    def __init__(self, ambassador: Program, chaos: Chaos) -> None:
         self.ambassador, self.chaos = ambassador, chaos
         self.samples: list[dict[str, Use]] = [samples.look(ambassador.pid)]
         self.failures: list[str] = []
@@ -121,7 +123,9 @@ class Soak:
         pid = self.ambassador.pid
         say("waiting for UDP sessions to expire")
         try:
-            wait_for("rest", lambda: samples.look(pid)["workers"].descriptors <= most, REST_S, 1.0)
+            wait_until(
+                lambda: samples.look(pid)["workers"].descriptors <= most, "no rest", REST_S, 1.0
+            )
         except AssertionError:
             pass  # judged below
         last = samples.look(pid)

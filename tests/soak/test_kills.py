@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engine import HostAmbassador, wait_for
-from tests.support.endpoints import accepts, free_port
-from tests.support.processes import Process, descendants, is_gone
 from tests.soak import clients, samples
 from tests.soak.clients import FATAL, NAME, Asker, Tally
 from tests.soak.report import milliseconds, say, table
+from tests.support.engine import wait_until_accepts
+from tests.support.net import free_port
+from tests.support.processes import descendants, is_gone
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SERVER = Path(__file__).with_name("server.py")
 PORTS = 12  # of each protocol: with KILL_EVERY_S the worker of a port lives for over 10 s
@@ -42,7 +45,7 @@ def server() -> Iterator[int]:
         [sys.executable, str(SERVER), NAME.decode(), str(port)], stdout=subprocess.PIPE, text=True
     )
     try:
-        wait_for("the server", lambda: accepts("127.0.0.1", port))
+        wait_until_accepts("127.0.0.1", port)
         yield port
     finally:
         process.terminate()
@@ -54,18 +57,18 @@ def test_kills(server: int, minutes: float) -> None:
     """W1, W2: another worker answers soon, and a clean end is the whole truth."""
     ports = [(free_port(), protocol) for _ in range(PORTS) for protocol in ("tcp", "udp")]
     routes = [f"{port}/{protocol}=127.0.0.1:{server}" for port, protocol in ports]
-    ambassador = HostAmbassador(["relay", *routes], {})
+    ambassador = Program("relay", *routes)
     try:
-        wait_for("all workers", lambda: len(_workers(ambassador)) == len(ports))
+        wait_until(lambda: len(ambassador.workers()) == len(ports), "a worker is missing")
         time.sleep(1)
         before = samples.look(ambassador.pid)
         tallies, took = asyncio.run(_kill_under_load(ambassador, ports, minutes))
-        wait_for("all workers", lambda: len(_workers(ambassador)) == len(ports))
+        wait_until(lambda: len(ambassador.workers()) == len(ports), "a worker is missing")
         after = samples.look(ambassador.pid)
     finally:
         processes = descendants(ambassador.pid)
         ambassador.stop()
-    wait_for("their end", lambda: all(map(is_gone, processes)))
+    wait_until(lambda: all(map(is_gone, processes)), "a process runs on")
 
     names = ((number.name, protocol.upper()) for number, protocol in took)
     rows = (
@@ -83,13 +86,15 @@ def test_kills(server: int, minutes: float) -> None:
     )
     findings = [finding for tally in tallies for finding in tally.findings]
     assert not findings
+    for (number, protocol), seconds in took.items():
+        assert number != signal.SIGKILL or statistics.median(seconds) < 1, protocol
     assert not [line for line in ambassador.lines if "degraded" in line]
     for kind in ("parent", "fork server"):
         assert after[kind].descriptors <= before[kind].descriptors, kind
 
 
 async def _kill_under_load(
-    ambassador: HostAmbassador, ports: list[Port], minutes: float
+    ambassador: Program, ports: list[Port], minutes: float
 ) -> tuple[list[Tally], dict[tuple[signal.Signals, str], list[float]]]:
     stop, dice = asyncio.Event(), random.Random(1)
     short = lambda: (4_000, 1_000, 0.02)  # noqa: E731
@@ -123,23 +128,18 @@ async def _kill_under_load(
 
 
 async def _strike(
-    ambassador: HostAmbassador, port: int, protocol: str, number: signal.Signals, tally: Tally
+    ambassador: Program, port: int, protocol: str, number: signal.Signals, tally: Tally
 ) -> float:
     """Signal the worker of a port; return the seconds until its successor has answered."""
-    name = f" {port}/{protocol} "
-    (victim,) = (worker for worker in _workers(ambassador) if name in worker.title)
+    (victim,) = ambassador.workers(f"{port}/{protocol}")
     begin = time.monotonic()
     window = [begin, math.inf]
     tally.disturbances.append(window)
-    os.kill(victim.pid, number)
+    os.kill(victim, number)
     async with asyncio.timeout(GIVE_UP_S):
         await (_first_datagram(port) if protocol == "udp" else _first_conversation(port))
     window[1] = time.monotonic()
     return window[1] - begin
-
-
-def _workers(ambassador: HostAmbassador) -> list[Process]:
-    return [p for p in descendants(ambassador.pid) if "/tcp " in p.title or "/udp " in p.title]
 
 
 async def _first_conversation(port: int) -> None:

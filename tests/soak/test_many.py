@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import psutil
 
-from tests.support.engine import HostAmbassador, wait_for
-from tests.support.endpoints import free_port
-from tests.support.endpoints import Echo
 from tests.soak import samples
 from tests.soak.report import milliseconds, say, table
 from tests.soak.samples import KINDS, Use
+from tests.support.endpoints import Server
+from tests.support.net import free_port
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 IDLE = 9_000
 SESSIONS = 10_000
@@ -33,10 +34,8 @@ def relay(kind: socket.SocketKind) -> Iterator[tuple[int, int]]:
         if kind == socket.SOCK_STREAM:
             server.listen(4096)
         port = free_port()
-        with Echo(server):
-            ambassador = HostAmbassador(
-                ["relay", f"{port}/{protocol}={HERE}:{server.getsockname()[1]}"], {}
-            )
+        with Server(server) as echo:
+            ambassador = Program("relay", f"{port}/{protocol}={HERE}:{echo.port}")
             try:
                 ambassador.wait_for_line("listening")
                 time.sleep(1)
@@ -61,7 +60,7 @@ def bytes_each(before: dict[str, Use], now: dict[str, Use], count: int) -> str:
 def check_nothing_is_left(pid: int, before: dict[str, Use]) -> None:
     """Wait until the workers have the descriptors that they had; look at the others."""
     most = before["workers"].descriptors
-    wait_for("rest", lambda: samples.look(pid)["workers"].descriptors <= most, 10, 0.2)
+    wait_until(lambda: samples.look(pid)["workers"].descriptors <= most, "no rest", 10, 0.2)
     after = samples.look(pid)
     for kind in KINDS:
         assert after[kind].descriptors <= before[kind].descriptors, kind

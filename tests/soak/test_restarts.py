@@ -8,11 +8,12 @@ import sys
 import time
 from collections import Counter
 
-from tests.support.engine import REPO, Stage, wait_for
-from tests.support.endpoints import accepts, started_at
+from tests.docker.test_limits import restart_often
 from tests.soak import samples
 from tests.soak.report import milliseconds, say, table
 from tests.soak.samples import has_grown
+from tests.support.engine import Stage, started_at, wait_until_accepts
+from tests.support.program import REPO
 
 CLIENT = REPO / "scripts/demo_client.py"
 PORT = 6379
@@ -24,10 +25,10 @@ PARENT_SPARE = 6
 
 def test_restarts(stage: Stage, minutes: float) -> None:
     """C1, C13: nobody is refused, the first reply comes soon, and nothing leaks."""
-    redis = stage.run_target("redis", "grand-ambassador-demo:redis")
+    redis = stage.run_target()
     ambassador = stage.run_ambassador_on_host("-name", redis.name)
     ambassador.wait_for_line("listening")
-    wait_for("redis", lambda: accepts("127.0.0.1", PORT))
+    wait_until_accepts("127.0.0.1", PORT)
     client = subprocess.Popen(
         [sys.executable, str(CLIENT), "redis", "127.0.0.1", str(PORT), str(EVERY_S)],
         stdin=subprocess.PIPE,
@@ -74,3 +75,8 @@ def test_restarts(stage: Stage, minutes: float) -> None:
     for kind in samples.KINDS:
         assert late[kind].descriptors <= early[kind].descriptors + PARENT_SPARE
         assert not has_grown(early[kind].pss, late[kind].pss), kind
+
+
+def test_a_hundred_restarts(stage: Stage) -> None:
+    """C13: the address is the newest after each, and nothing leaks."""
+    restart_often(stage, 100)
