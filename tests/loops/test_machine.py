@@ -9,7 +9,7 @@ must hold: the invariants of docs/design.md, numbered below.
 6. A worker at rest sleeps.
 7. Exactly one live worker per listener, and nobody else.
 
-Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make a longer run,
+Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make it longer,
 `MACHINE_SHRINK=1` looks for the shortest steps to one. A failure is printed as steps, to make a test of:
 of the loop it was in where that can be told apart (test_udp_probe.py has the first), else at the end here.
 """

@@ -69,7 +69,7 @@ def test_a_stopped_udp_worker(run: Run, peers: Peers) -> None:
 
 
 def test_a_stopped_fork_server(run: Run, peers: Peers) -> None:
-    """W2: its workers go on, another fork server takes over, and a worker that dies then is replaced in time."""
+    """W2: its workers go on, another fork server takes over, a dead worker is replaced in time."""
     with Server(peers.server()) as echo:
         port = free_port()
         program = run(f"{port}/tcp=127.0.0.1:{echo.port}")

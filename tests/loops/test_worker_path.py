@@ -1,4 +1,4 @@
-"""Workers behind the data path interface, with real processes: options that change, workers that are replaced,
+"""Workers behind the data path interface, with real processes: changed options, replaced workers,
 totals over deaths, and a parent that runs out of descriptors.
 
 As a program it is a supervisor of one pair of listeners (TCP and UDP): each line on its standard input is the
