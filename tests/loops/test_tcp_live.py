@@ -80,7 +80,7 @@ def test_options_change_under_traffic(start_tcp: StartWorker, peers: Peers) -> N
 
 
 def test_new_options_are_obeyed(start_tcp: StartWorker, peers: Peers) -> None:
-    """A limit holds for the next client, a hold for the next one held, an idle timeout for all that are open."""
+    """A limit holds for the next client, a hold for the next one held, an idle timeout for all open ones."""
     server = peers.server()
     worker = start_tcp(destination(server), idle_timeout=0, max_connections=0, hold=60_000)
     pair = peers.pair(worker, server)
