@@ -2,8 +2,9 @@
 
 Invariants:
 
-- A listen address has one target. If two want the same one, the target named first on the command line has it,
-  whatever came up first; one line names both. A wildcard and a specific address on one port are the same clash.
+- A listen address has one target. If two want the same one, the target named first on the command line
+  has it, whatever came up first; one line names both. A wildcard and a specific address on one port are the
+  same clash.
 - A target that is away keeps its listeners, with no backend: hold.
 - `plan` of a state and itself is empty, and carrying out a plan makes the two equal.
 """

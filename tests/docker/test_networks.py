@@ -154,7 +154,7 @@ def test_ambassador_on_the_host_network(stage: Stage) -> None:
 
     onhost = run_server(stage, "onhost", f"{free_port()}/tcp", flags="--network=host")
     ambassador = stage.run_ambassador("-name", onhost.name, short="vain", flags="--network=host")
-    ambassador.wait_for_log(f"{onhost.name} is on the host network, as the ambassador is")
+    ambassador.wait_for_log(f"{onhost.name} is on the ambassador's own host network")
 
 
 def test_target_on_no_network(stage: Stage) -> None:

@@ -45,7 +45,8 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     )
     names = [word for box in (crashing, healthy, other) for word in ("-name", box.name)]
     ambassador, host = run_ambassador(stage, *names)
-    wait_until_accepts(host, 7003)  # each target's ports come when Docker has told of that target
+    for port in (7001, 7003):  # each target's ports come when Docker has told of that target
+        wait_until_accepts(host, port)
 
     with Conversation(host) as conversation, Caller(host, 7002) as caller:
         assert conversation.greeting()[0] == "healthy"

@@ -9,9 +9,9 @@ must hold: the invariants of docs/design.md, numbered below.
 6. A worker at rest sleeps.
 7. Exactly one live worker per listener, and nobody else.
 
-Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make a longer run,
+Supervisor, fork server, workers and sockets are real. `MACHINE_EXAMPLES` and `MACHINE_STEPS` make it longer,
 `MACHINE_SHRINK=1` looks for the shortest steps to one. A failure is printed as steps, to make a test of:
-of the loop it was in where that can be told apart (test_udp_trial.py has the first), else at the end here.
+of the loop it was in where that can be told apart (test_udp_probe.py has the first), else at the end here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.support.worker import Parent, Watched, bind_free, check_tcp_counters,
 
 from .crowd import NARROW_SERVER, Crowd, End
 
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "6"))
 STEPS = int(os.environ.get("MACHINE_STEPS", "40"))
 SHRINK = [Phase.shrink] if os.environ.get("MACHINE_SHRINK") else []
 

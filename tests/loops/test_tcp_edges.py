@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from tests.support.endpoints import Peers, read_exactly, read_to_end, read_to_reset, reset
@@ -47,6 +48,8 @@ def stuck_pair(worker: Worker, peers: Peers) -> tuple[socket.socket, socket.sock
         client.sendall(bytes(1 << 16))
         sent += 1 << 16
         time.sleep(0.05)
+        # A worker that is only starved of a processor is not stuck.
+        wait_until(lambda: psutil.Process(worker.pid).status() == "sleeping", "it does not rest")
     return client, backend, sent
 
 

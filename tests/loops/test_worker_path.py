@@ -1,5 +1,5 @@
-"""Workers behind the data path interface, with real processes: options that change, workers that are
-replaced, totals over deaths, and a parent that runs out of descriptors.
+"""Workers behind the data path interface, with real processes: changed options, replaced workers,
+totals over deaths, and a parent that runs out of descriptors.
 
 As a program it is a supervisor of one pair of listeners (TCP and UDP): each line on its standard input is the
 listeners' options as JSON, and each is answered, once it has been obeyed, by the totals of both.

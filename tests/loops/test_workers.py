@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,9 +10,9 @@ import socket
 import psutil
 
 from ambassador.values import Protocol
-from tests.support.endpoints import Peers, Server, read_exactly
+from tests.support.endpoints import Peers, Server, read_exactly, read_to_reset
 from tests.support.net import free_port
-from tests.support.processes import is_gone
+from tests.support.processes import is_gone, stopped
 from tests.support.program import Run
 from tests.support.wait import wait_until
 from tests.support.worker import bind_free
@@ -24,20 +25,29 @@ def test_tcp_is_shared_and_survives_one_of_them(run: Run, peers: Peers) -> None:
         port = free_port()
         program = run("-workers", "3", f"{port}/tcp=127.0.0.1:{server.getsockname()[1]}")
         program.has(f"{port}/tcp", 3)
-        clients = [peers.keep(socket.create_connection(("127.0.0.1", port))) for _ in range(60)]
-        for number, client in enumerate(clients):
-            client.sendall(b"%4d" % number)
-            assert read_exactly(client, 4) == b"%4d" % number
         victim, *others = program.workers(f"{port}/tcp")
+
+        def connect(count: int) -> list[socket.socket]:
+            clients = [
+                peers.keep(socket.create_connection(("127.0.0.1", port))) for _ in range(count)
+            ]
+            for number, client in enumerate(clients):
+                client.sendall(b"%4d" % number)
+                assert read_exactly(client, 4) == b"%4d" % number
+            return clients
+
+        with contextlib.ExitStack() as stack:  # who is stopped accepts nothing
+            for other in others:
+                stack.enter_context(stopped(other))
+            lost = connect(20)
+        with stopped(victim):
+            kept = connect(20)
         os.kill(victim, signal.SIGKILL)
-        alive = 0
-        for client in clients:
-            try:
-                client.sendall(b"ping")
-                alive += client.recv(4) == b"ping"
-            except ConnectionError:
-                pass
-        assert 0 < alive <= 60
+        for client in lost:
+            assert read_to_reset(client) == b""
+        for client in kept:
+            client.sendall(b"ping")
+            assert read_exactly(client, 4) == b"ping"
         wait_until(lambda: is_gone(victim), "it is gone")
         program.has(f"{port}/tcp", 3)
         assert set(others) < set(program.workers(f"{port}/tcp"))

@@ -355,6 +355,11 @@ def create_server(
     )
 
 
+def started_at(box: Box) -> float:
+    """When the container's last run began, by Docker's clock."""
+    return datetime.fromisoformat(box.inspect()["State"]["StartedAt"]).timestamp()
+
+
 def finished_at(box: Box) -> float:
     """When the container's last run ended."""
     return datetime.fromisoformat(box.inspect()["State"]["FinishedAt"]).timestamp()

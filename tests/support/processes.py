@@ -17,8 +17,7 @@ import psutil
 
 from tests.support.wait import wait_until
 
-WORKER_TITLE = " -> "
-"""In a worker's title between its target and its backend."""
+WORKER_TITLE = re.compile(r"grand-ambassador: \S+/(tcp|udp) ")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _STATES = {psutil.STATUS_ZOMBIE: "Z", psutil.STATUS_STOPPED: "T", psutil.STATUS_TRACING_STOP: "t"}
@@ -71,7 +70,7 @@ def workers_of(root: int, listener: str = "") -> list[Process]:
     if listener:
         title = f"grand-ambassador: {listener} "
         return [process for process in descendants(root) if process.title.startswith(title)]
-    return [process for process in descendants(root) if WORKER_TITLE in process.title]
+    return [process for process in descendants(root) if WORKER_TITLE.match(process.title)]
 
 
 def is_gone(process: int | Process) -> bool:
