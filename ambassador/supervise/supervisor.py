@@ -20,7 +20,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -74,10 +74,10 @@ class Supervisor:
         self._check_fork_server = jobs.CheckForkServer(self._workers, timings)
         self._jobs: tuple[jobs.Job, ...] = (
             self._check_fork_server,
-            jobs.StartWorkers(self._open_paths),
+            jobs.StartWorkers(self._paths.values),
             jobs.StopDeadlines(self._workers),
-            jobs.WatchWorkers(self._open_paths, timings),
-            jobs.ReportLosses(self._open_paths, timings),
+            jobs.WatchWorkers(self._paths.values, timings),
+            jobs.ReportLosses(self._paths.values, timings),
             jobs.ReportSandbox(self._workers, sandbox, timings),
         )
 
@@ -198,6 +198,3 @@ class Supervisor:
     def _close(self, listen: ListenAddress, deadline_ms: int) -> None:
         self._paths.pop(listen)
         self._listeners.pop(listen).close(deadline_ms)
-
-    def _open_paths(self) -> Iterable[WorkerPath]:
-        return self._paths.values()

@@ -8,13 +8,11 @@ Invariants:
 
 - One event is one line, whatever a message, a field or an exception contains: all of it is
   untrusted, and everything that could end, disguise or forge a line is escaped.
-- The caller never waits for standard error. It leaves the line in a bounded queue; one thread
-  writes.
-- What does not fit the queue, or could not be written, is counted and reported, never lost
-  silently.
+- The caller never waits for standard error. It leaves the line in a bounded queue; one thread writes.
+- What does not fit the queue, or could not be written, is counted and reported, never lost silently.
 - No fault of standard error (closed, full, broken, stuck) raises in a caller or stops the thread.
-- The thread writes to its own duplicate of the descriptor: were the number 2 closed and given to a
-  client's socket, the log would not go to the client.
+- The thread writes to its own duplicate of the descriptor. If the number 2 is closed and given to a
+  client's socket, the log does not go to the client.
 """
 
 from __future__ import annotations
@@ -34,8 +32,10 @@ from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import TextIO
 
+from ambassador.values import quote
+
 CAPACITY = 10_000
-"""Lines that wait for standard error, some 2 MB of usual ones."""
+"""Lines that wait for standard error: about 2 MB."""
 
 MAX_VALUE = 4096
 """Characters of one value. The rest is cut, so that the queue is bounded in bytes too."""
@@ -69,10 +69,10 @@ class Logs:
         return self._handler.dropped + self._writer.lost
 
     def close(self, timeout_s: float) -> bool:
-        """Take no more lines and write what waits. False where the deadline ended that.
+        """Take no more lines and write what waits. False if the deadline came first.
 
-        The handler stays: without any, a late warning would go to the standard library's handler
-        of last resort, which blocks and escapes nothing.
+        The handler stays. Without any, a late warning would go to the standard library's handler of
+        last resort, which blocks and escapes nothing.
         """
         self._handler.stop()
         self._writer.join(timeout_s)
@@ -101,30 +101,6 @@ def setup(level: str, stream: TextIO | None = None, capacity: int = CAPACITY) ->
 _BARE = re.compile(r"[A-Za-z0-9._/@^+:%,\[\]-]+")
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9._-]")
 _OWN_KEYS = frozenset(("time", "level", "msg", "logger", "exception"))
-_SHORT_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def quote(text: str) -> str:
-    """`text` in double quotes as Go's %q writes it, all that is not plainly visible escaped.
-
-    `str.isprintable` is False for control, format (bidi, zero width), surrogate, private,
-    unassigned and separator characters other than the space: a superset of what can do harm.
-    """
-    if text.isprintable() and '"' not in text and "\\" not in text:
-        return f'"{text}"'
-    return f'"{"".join(map(_escape, text))}"'
-
-
-def _escape(character: str) -> str:
-    short = _SHORT_ESCAPES.get(character)
-    if short is not None:
-        return short
-    if character.isprintable():
-        return character
-    code = ord(character)
-    if code < 0x80:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def format_line(record: logging.LogRecord, show_exceptions: bool = False) -> str:
@@ -225,7 +201,7 @@ def _own_line(level: int, message: str, fields: Mapping[str, object]) -> str:
 class _Writer(threading.Thread):
     """Writes the queued lines, and says how many are missing.
 
-    `dropped` belongs to the handler, `lost` and `_reported` to this thread: no lock is needed.
+    `dropped` belongs to the handler, `lost` and `_reported` to this thread, so no lock is needed.
     """
 
     def __init__(self, handler: _Handler, sink: _Sink) -> None:
@@ -261,10 +237,10 @@ class _Writer(threading.Thread):
 
 
 class _Sink:
-    """Where lines go: here, to nobody, since standard error was closed before the program began."""
+    """Where lines go. This one writes nothing: standard error was closed before the program began."""
 
     def write(self, line: str) -> None:
-        """Raises OSError or ValueError where the line could not be written whole."""
+        """Raises OSError or ValueError if the line could not be written whole."""
 
     def close(self) -> None:
         """No line after this."""
@@ -284,8 +260,8 @@ class _StreamSink(_Sink):
 class _DescriptorSink(_Sink):
     """Owns `descriptor`, and writes past Python's buffers.
 
-    A daemon thread that is stuck inside those would abort the interpreter when it shuts down. A
-    line that an error cut short is ended before the next one begins.
+    A daemon thread that is stuck inside those would abort the interpreter when it shuts down. If an error
+    cut a line short, that line is ended before the next one begins.
     """
 
     def __init__(self, descriptor: int) -> None:

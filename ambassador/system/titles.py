@@ -10,7 +10,7 @@ from setproctitle import setproctitle
 PROGRAM = "grand-ambassador"
 
 show_title = setproctitle
-"""Show a title that title_of has made; nothing is looked at again. For workers, which run little Python."""
+"""Show a title of title_of, unchecked. For workers, which run little Python."""
 
 
 def title_of(role: str) -> str:

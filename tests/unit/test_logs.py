@@ -26,9 +26,9 @@ from ambassador.system.logs import (
     _DescriptorSink,
     _Handler,
     format_line,
-    quote,
     setup,
 )
+from ambassador.values import quote
 
 ROOT = Path(__file__).resolve().parents[2]
 
