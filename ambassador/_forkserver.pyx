@@ -28,6 +28,7 @@ from ambassador._linux cimport (
     CMSG_LEN,
     EINTR,
     EAGAIN,
+    EMFILE,
     MSG_CMSG_CLOEXEC,
     MSG_CTRUNC,
     MSG_NOSIGNAL,
@@ -143,7 +144,7 @@ cdef int fork_worker(passed_t *passed) noexcept:
 
     Return 1 in the child; in the fork server 0, or -1 if the parent is gone.
     """
-    cdef int place, pidfd, result
+    cdef int place, pidfd, result, error
     cdef int32_t pid = -1
     set_errno(EAGAIN)
     if watching <= MAX_CHILDREN:
@@ -156,6 +157,11 @@ cdef int fork_worker(passed_t *passed) noexcept:
     if pid < 0:  # a limit on processes or memory: the parent tries again later
         return report(FORKED, -errno, 0, -1)
     pidfd = pidfd_open(pid, 0)
+    if pidfd < 0:  # without one nobody would hear of its exit
+        error = errno
+        send_signal(pid, SIGKILL)
+        waitpid(pid, NULL, 0)
+        return report(FORKED, -error, 0, -1)
     result = report(FORKED, pid, 0, pidfd)
     add_child(pidfd, pid)
     return result
@@ -182,13 +188,17 @@ cdef int reap_child(int place) noexcept:
 
 
 cdef int receive(passed_t *passed) noexcept:
-    """Receive the parent's next request into `passed`. 1, or 0 if the parent is gone."""
+    """Receive the parent's next request into `passed`.
+
+    Return 1, 0 if the parent is gone, or -1 if not all descriptors could be had: this process is at its limit.
+    """
     cdef char control[REQUEST_BYTES]
     cdef char byte
     cdef iovec part
     cdef msghdr header
     cdef cmsghdr *item
     cdef ssize_t got
+    cdef int place
     part.iov_base, part.iov_len = &byte, 1
     memset(&header, 0, sizeof(header))
     header.msg_iov, header.msg_iovlen = &part, 1
@@ -197,18 +207,20 @@ cdef int receive(passed_t *passed) noexcept:
     if got <= 0:
         return 0
     item = CMSG_FIRSTHDR(&header)
-    if item == NULL or header.msg_flags & MSG_CTRUNC:
-        return 0
-    passed.count = <int>((item.cmsg_len - CMSG_LEN(0)) // sizeof(int))
-    if not MIN_PASSED <= passed.count <= MAX_PASSED:
-        return 0
-    memcpy(passed.fds, CMSG_DATA(item), passed.count * sizeof(int))
-    return 1
+    passed.count = 0
+    if item != NULL:
+        passed.count = min(<int>((item.cmsg_len - CMSG_LEN(0)) // sizeof(int)), <int>MAX_PASSED)
+        memcpy(passed.fds, CMSG_DATA(item), passed.count * sizeof(int))
+    if passed.count >= MIN_PASSED and not header.msg_flags & MSG_CTRUNC:
+        return 1
+    for place in range(passed.count):
+        close(passed.fds[place])
+    return -1
 
 
 cdef bint serve_requests(passed_t *passed) noexcept:
     """Serve the parent. True in a new worker, False if the parent is gone."""
-    cdef int place, started
+    cdef int place, received, started
     while True:
         if poll(watched, watching, -1) < 0 and errno != EINTR:
             return False
@@ -219,9 +231,10 @@ cdef bint serve_requests(passed_t *passed) noexcept:
             place -= 1
         if watched[0].revents:
             watched[0].revents = 0
-            if not receive(passed):
+            received = receive(passed)
+            if not received:
                 return False
-            started = fork_worker(passed)
+            started = fork_worker(passed) if received > 0 else report(FORKED, -EMFILE, 0, -1)
             if started:
                 return started > 0
 

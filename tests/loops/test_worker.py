@@ -17,7 +17,7 @@ import pytest
 from ambassador.values import Protocol
 from tests.support.endpoints import Peers, fill, read_exactly, read_to_end, read_to_reset
 from tests.support.net import free_port, is_free
-from tests.support.processes import is_gone, stopped
+from tests.support.processes import is_gone, limit_descriptors, stopped
 from tests.support.strace import traced
 from tests.support.wait import wait_until
 from tests.support.worker import (
@@ -352,3 +352,21 @@ def test_starting_many(yard: Yard, peers: Peers) -> None:
     finally:
         for worker in workers:
             worker.close()
+
+
+def test_a_fork_server_without_descriptors(peers: Peers) -> None:
+    """R1: it reports that no worker could be made, goes on, and makes one once there is room."""
+    yard = Yard()
+    served = peers.server()
+    try:
+        first = Worker(yard, Protocol.TCP, destination(served))
+        limit_descriptors(yard.pid, 5)
+        with pytest.raises(AssertionError, match="Too many open files"):
+            Worker(yard, Protocol.TCP)
+        limit_descriptors(yard.pid, 1 << 20)
+        second = Worker(yard, Protocol.TCP, destination(served))
+        for worker in (first, second):
+            peers.pair(worker, served)
+            worker.close()
+    finally:
+        yard.close()
