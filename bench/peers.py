@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.places import Place
-from bench.processes import Failed, Program, bound
+from tests.support.measure import Failed, Program, bound
+from tests.support.places import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "ambassador"

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.places import congestion
+
 from bench.peers import BASE, OURS, PEERS
-from bench.places import congestion
 from bench.rows import ROWS, Metric, Result, Row
 
 PACKAGES = ("haproxy", "nginx", "docker.io", "redis-server", "wrk", "iperf3", "sockperf")

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from tests.support.measure import Failed, Program, bound, busy_seconds, cpu_seconds, memory_of, tree
+from tests.support.places import Place
+
 from bench.peers import BASE, OURS, Peer, Relay, Route
-from bench.places import Place
-from bench.processes import Failed, Program, bound, busy_seconds, cpu_seconds, memory_of, tree
 
 FIRST_PORT = 17_200
 LIMIT_S = 30.0  # of a load, on top of the time that it is asked to take

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench import places, report
+from tests.support import places
+from tests.support.measure import Failed, Program
+from tests.support.places import LOOPBACK, Place
+
+from bench import report
 from bench.peers import PEERS, ROOT
-from bench.places import LOOPBACK, Place
-from bench.processes import Failed, Program
 from bench.report import Cell
 from bench.rows import FIRST_PORT, ROWS, Job, Row
 
