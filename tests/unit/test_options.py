@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from ambassador import _control, options
 from ambassador.cli.arguments import UsageError, parse_arguments
 from ambassador.cli.usage import follow_usage, reference, relay_usage
+from ambassador.control import Update, pack
 from ambassador.options import (
     OPTION_CLASSES,
     UDP,
@@ -188,3 +190,5 @@ def test_a_new_option_is_a_row(patience: Row) -> None:
         "| `-patience` * | `AMBASSADOR_PATIENCE` | `ambassador.patience` | DURATION | 5s "
         "| 1ms to 1m | udp | an update | a trial option |\n"
     ) in reference()
+    record = pack(Update(1, WithPatience(patience=60_000)))
+    assert struct.pack("<HQ", 99, 60_000) in record, "a worker does not get it"
