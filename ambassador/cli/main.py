@@ -1,111 +1,67 @@
-"""The command: reads the arguments, wires the objects and runs them. The only composition root.
-
-The order matters. The fork server is forked before anything heavy is imported and before any thread exists;
-that is why the imports of what only the parent needs stand inside functions.
-"""
+"""The command: finds the subcommand, reads its arguments and runs it."""
 
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ambassador import __version__
+from ambassador.cli import goflags
 from ambassador.cli.arguments import (
+    Action,
     Arguments,
     ArgumentsError,
-    Command,
+    Subcommand,
+    UsageError,
+    VariableError,
     check_tls_files,
-    parse_arguments,
 )
-from ambassador.supervise.forkserver import ForkServer
-from ambassador.system.titles import PROGRAM, set_title
+from ambassador.cli.follow import FOLLOW
+from ambassador.cli.relay import RELAY
+from ambassador.system.titles import PROGRAM
 
-LOG_FLUSH_S = 0.3
-"""What standard error gets to take the last lines."""
+SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "": FOLLOW,
+    "relay": RELAY,
+}
+"""By the first argument."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code: 0, 1 for what cannot be set up, 2 for bad usage."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        read = parse_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
-        read = check_tls_files(read)
+        read = check_tls_files(parse_arguments(words, os.environ))
     except ArgumentsError as error:
         print(error, file=sys.stderr)
         print(getattr(error, "usage", ""), file=sys.stderr, end="")
         return error.exit_code
-    if read.command is Command.VERSION:
-        print(f"{PROGRAM} {__version__}")
-        return 0
-    if read.command is Command.HELP:
-        print(read.usage, end="")
-        return 0
-    return _run(read)
+    match read.action:
+        case Action.VERSION:
+            print(f"{PROGRAM} {__version__}")
+            return 0
+        case Action.HELP:
+            print(read.usage, end="")
+            return 0
+    return SUBCOMMANDS[subcommand_of(words)].run(read)
 
 
-def _run(arguments: Arguments) -> int:
-    # As PID 1 a signal without a handler is ignored: until the supervisor has its own, stopping is easy.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every worker inherits it
-    fork_server = ForkServer.fork()
-    from ambassador.system import logs  # noqa: PLC0415 - after the fork, as all that only the parent needs
+def subcommand_of(arguments: Sequence[str]) -> str:
+    """The subcommand's word, "" if there is none."""
+    return arguments[0] if arguments and arguments[0] in SUBCOMMANDS else ""
 
-    lines = logs.setup(arguments.program.log_level)
+
+def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Arguments:
+    """Read `arguments` (without the program's name). Raises UsageError or MissingName."""
+    word = subcommand_of(arguments)
+    command = SUBCOMMANDS[word]
     try:
-        return _COMMANDS[arguments.command](arguments, fork_server)
-    finally:
-        lines.close(LOG_FLUSH_S)
-
-
-def _relay(arguments: Arguments, fork_server: ForkServer) -> int:
-    """To fixed addresses, with no Docker at all."""
-    from ambassador.model import DesiredState  # noqa: PLC0415
-    from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
-
-    set_title("relay")
-    desired = DesiredState({spec.listen: spec for spec in arguments.routes})
-    sandbox = arguments.program.sandbox
-    return Supervisor(fork_server, lambda: desired, sandbox=sandbox).run()
-
-
-def _follow(arguments: Arguments, fork_server: ForkServer) -> int:
-    """Follow containers through the Docker Engine."""
-    import logging  # noqa: PLC0415
-
-    from ambassador.discovery.docker_source import DockerSource  # noqa: PLC0415
-    from ambassador.engine.client import connect_engine  # noqa: PLC0415
-    from ambassador.reconcile import merge  # noqa: PLC0415
-    from ambassador.supervise.supervisor import Supervisor  # noqa: PLC0415
-
-    names, engine = arguments.program.name, arguments.engine
-    set_title(f"following {', '.join(names)}")
-    log = logging.getLogger(__name__)
-    for warning in arguments.warnings:
-        log.warning("%s", warning)
-    supervisor = Supervisor(
-        fork_server,
-        lambda: merge(source.targets(), arguments.listener),
-        sandbox=arguments.program.sandbox,
-    )
-    source = DockerSource(
-        lambda: connect_engine(engine.url, tls=engine.tls),
-        names,
-        network=arguments.target.network,
-        on_change=supervisor.wake,
-        log=log,
-    )
-    source.start()
-    try:
-        return supervisor.run()
-    finally:
-        source.stop()
-
-
-_COMMANDS: Mapping[Command, Callable[[Arguments, ForkServer], int]] = {
-    Command.FOLLOW: _follow,
-    Command.RELAY: _relay,
-}
+        return command.read(arguments[1:] if word else arguments, environment)
+    except goflags.HelpRequested:
+        return Arguments(Action.HELP, usage=command.usage())
+    except ValueError as error:
+        if not word and not isinstance(error, VariableError):
+            raise UsageError(str(error), command.usage()) from None
+        program = f"grand-ambassador {word}".rstrip()
+        raise UsageError(f"{error}; see {program} -help") from None

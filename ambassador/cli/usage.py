@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ambassador import options
 from ambassador.counters import COUNTERS
-from ambassador.options import Row, all_rows, rows
+from ambassador.options import Row, rows
 
 _HELP = "-help", "print this text"
 
@@ -24,43 +24,6 @@ def flag_lines(flags: Iterable[Row]) -> str:
     width = max(map(len, lines))
     ordered = sorted(lines.items(), key=lambda line: line[0].split())
     return "".join(f"  {head:<{width}}  {text}\n" for head, text in ordered)
-
-
-def follow_usage() -> str:
-    """The help of the program, and what follows a wrong flag."""
-    return (
-        "Usage:\n"
-        "  grand-ambassador [flags] -name NAME [-name NAME ...]\n"
-        "  grand-ambassador relay [flags] PORT/PROTOCOL=ADDRESS:PORT ...\n"
-        "\n"
-        "Relays every port that the named containers expose and follows them through restarts.\n"
-        "\n"
-        "Flags:\n"
-        f"{flag_lines(all_rows())}"
-        "\n"
-        "Environment, if no flag says otherwise:\n"
-        "  AMBASSADOR_...     any flag: AMBASSADOR_IDLE_TIMEOUT=1h is -idle-timeout 1h\n"
-        "  DOCKER_HOST        as -sock\n"
-        "  DOCKER_TLS_VERIFY  as -tlsverify, if it is not empty\n"
-        "  DOCKER_CERT_PATH   directory of ca.pem, cert.pem and key.pem; else $HOME/.docker\n"
-    )
-
-
-def relay_usage() -> str:
-    """The help of `relay`."""
-    return (
-        "Usage:\n"
-        "  grand-ambassador relay [flags] PORT/PROTOCOL=ADDRESS:PORT ...\n"
-        "\n"
-        "Relays each port to a fixed address, without Docker:\n"
-        "  grand-ambassador relay 6379/tcp=10.0.0.5:6379 53/udp=[fd00::5]:53\n"
-        "\n"
-        "Flags:\n"
-        f"{flag_lines(row for row in all_rows() if row.relay)}"
-        "\n"
-        "Environment, if no flag says otherwise:\n"
-        "  AMBASSADOR_...     any flag: AMBASSADOR_IDLE_TIMEOUT=1h is -idle-timeout 1h\n"
-    )
 
 
 def _bounds(row: Row) -> str:

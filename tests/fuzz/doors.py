@@ -17,7 +17,8 @@ from typing import Any
 from setproctitle import getproctitle, setproctitle
 
 from ambassador import _control
-from ambassador.cli.arguments import Command, MissingName, UsageError, parse_arguments
+from ambassador.cli.arguments import MissingName, UsageError
+from ambassador.cli.main import parse_arguments
 from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, Update, pack
 from ambassador.discovery import documents, own_networks, target_address
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
@@ -207,7 +208,7 @@ def arguments(data: bytes) -> None:
     assert all(is_one_line(warning) for warning in read.warnings)
     assert 0 <= read.listener.drain < 1 << 32
     assert read.listener.workers >= 1
-    if read.command is Command.FOLLOW:
+    if not read.routes and read.program.name:
         assert read.engine.url.startswith(("unix:///", "tcp://"))
     else:
         assert not read.engine.url, "nobody asks an Engine"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ambassador.cli.arguments import MissingName, UsageError, parse_arguments
-from ambassador.cli.main import main
+from ambassador.cli.arguments import MissingName, UsageError
+from ambassador.cli.main import main, parse_arguments
 from tests.fuzz.doors import DOORS, seeds
 from tests.fuzz.mutate import nonsense
 

@@ -11,9 +11,9 @@ from ambassador.cli.arguments import (
     ConfigError,
     UsageError,
     check_tls_files,
-    parse_arguments,
 )
-from ambassador.cli.usage import follow_usage
+from ambassador.cli.follow import follow_usage
+from ambassador.cli.main import parse_arguments
 from ambassador.engine.address import EngineAddress, TlsFiles
 
 HOME = {"HOME": "/home/me"}

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ambassador.cli.arguments import (
+    Action,
     Arguments,
-    Command,
     MissingName,
     UsageError,
-    parse_arguments,
 )
-from ambassador.cli.usage import follow_usage, relay_usage
+from ambassador.cli.follow import follow_usage
+from ambassador.cli.main import parse_arguments
+from ambassador.cli.relay import relay_usage
 from ambassador.engine.address import EngineAddress, TlsFiles
 from ambassador.options import ListenerOptions, ProgramOptions, Sandbox, TargetOptions
 from ambassador.rules import parse_routes
@@ -36,7 +37,7 @@ def refused(*arguments: str, **environment: str) -> UsageError:
 
 def test_defaults() -> None:
     assert follow() == Arguments(
-        Command.FOLLOW,
+        Action.RUN,
         ProgramOptions(name=("redis",)),
         engine=EngineAddress("unix:///var/run/docker.sock"),
     )
@@ -50,7 +51,7 @@ def test_everything_at_once() -> None:
         *("-max-connections", "500", "-idle-timeout", "1h", "-half-close-timeout=30s"),
         *("-udp-timeout", "5m"),
     ) == Arguments(
-        Command.FOLLOW,
+        Action.RUN,
         ProgramOptions(
             name=("redis",),
             sock="tcp://10.0.0.1:2376",
@@ -92,7 +93,7 @@ def test_the_relay_form() -> None:
             "AMBASSADOR_TLS": "nonsense",
             "AMBASSADOR_NAME": "web",
         },
-    ) == Arguments(Command.RELAY, listener=listener, routes=parse_routes(routes, listener))
+    ) == Arguments(Action.RUN, listener=listener, routes=parse_routes(routes, listener))
 
 
 def test_names_keep_their_order_and_lose_duplicates() -> None:
@@ -129,10 +130,10 @@ def test_a_missing_name_has_the_originals_words_and_code(
 def test_help_and_version_need_nothing_else(form: list[str], usage: str) -> None:
     bad = {"AMBASSADOR_HOLD": "bad"}
     for word in ("-h", "-help", "--h", "--help"):
-        assert parse_arguments([*form, word], bad) == Arguments(Command.HELP, usage=usage)
-    assert parse_arguments([*form, "-version"], bad) == Arguments(Command.VERSION)
-    assert parse_arguments([*form, "--version=true", "x"], bad).command is Command.VERSION
-    assert parse_arguments(form, {"AMBASSADOR_VERSION": "true"}).command is Command.VERSION
+        assert parse_arguments([*form, word], bad) == Arguments(Action.HELP, usage=usage)
+    assert parse_arguments([*form, "-version"], bad) == Arguments(Action.VERSION)
+    assert parse_arguments([*form, "--version=true", "x"], bad).action is Action.VERSION
+    assert parse_arguments(form, {"AMBASSADOR_VERSION": "true"}).action is Action.VERSION
 
 
 def test_a_flag_beats_its_variable_even_a_bad_one() -> None:
@@ -258,6 +259,6 @@ def test_any_command_line_is_arguments_or_one_line(
     words: list[str], environment: dict[str, str]
 ) -> None:
     try:
-        assert parse_arguments(words, environment).command in Command
+        assert parse_arguments(words, environment).action in Action
     except (UsageError, MissingName) as error:
         assert str(error).isprintable()

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ambassador import __version__
+from ambassador.cli.follow import follow_usage
 from ambassador.cli.main import main
-from ambassador.cli.usage import follow_usage, relay_usage
+from ambassador.cli.relay import relay_usage
 from tests.unit.test_address import BAD_ENGINES
 from tests.unit.test_arguments import BAD_COMMAND_LINES, BAD_RELAYS
 from tests.unit.test_rules import BAD_ROUTES

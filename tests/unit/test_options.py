@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from ambassador import _control, options
-from ambassador.cli.arguments import UsageError, parse_arguments
-from ambassador.cli.usage import follow_usage, reference, relay_usage
+from ambassador.cli.arguments import UsageError
+from ambassador.cli.follow import follow_usage
+from ambassador.cli.main import parse_arguments
+from ambassador.cli.relay import relay_usage
+from ambassador.cli.usage import reference
 from ambassador.control import Update, pack
 from ambassador.options import (
     OPTION_CLASSES,

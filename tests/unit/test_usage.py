@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.cli.usage import flag_lines, follow_usage, reference, relay_usage
+from ambassador.cli.follow import follow_usage
+from ambassador.cli.relay import relay_usage
+from ambassador.cli.usage import flag_lines, reference
 from ambassador.counters import COUNTERS
 from ambassador.options import ListenerOptions, all_rows, rows
 
