@@ -15,10 +15,12 @@ LOOP_SOURCES := $(LOOPS) $(wildcard ambassador/*.pxd)
 # Programs that tests run beside the Engine, each with the Debian package that brings it.
 TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=redis-tools \
 	dnsmasq=dnsmasq-base iptables=iptables
+# Programs that bring other engines up.
+ENGINE_PROGRAMS := debootstrap=debootstrap unshare=util-linux nsenter=util-linux
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize mutants fuzz soak reliability bench calls figures lint reference image lock audit clean
+.PHONY: help build demo test test-sanitize test-engines mutants fuzz soak reliability bench calls figures lint reference image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,11 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 
 test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/relay -k tcp')
 	$(BIN)/python scripts/sanitize.py $(ARGS)
+
+test-engines: build ## The image on Docker 20 to 28 and Podman 5 and 6, minutes each (ENGINES="docker20 podman*" SCENARIOS= RECORD=1)
+	@$(PYTHON) scripts/debian.py need $(ENGINE_PROGRAMS)
+	@$(PYTHON) scripts/images.py
+	$(BIN)/python -m tests.engines --engines "$(ENGINES)" --scenarios "$(SCENARIOS)" $(if $(RECORD),--record)
 
 fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)

@@ -1,0 +1,283 @@
+"""Runs the scenarios on the engines and prints a table: `make test-engines`.
+
+Exit code: 0 if every outcome is as `EXPECTED` says, 1 if one is not, 2 if an engine cannot be had.
+Outcomes are kept in the cache and shown together as long as the images stay the same, so a table
+may be made in several runs. `--record` writes it into docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+from tests.docker.engine import start_engine
+from tests.engines.engine import CACHE, KINDS, REPO, Engine, UnavailableError, make_root
+from tests.engines.scenarios import SCENARIOS
+from tests.engines.stage import AMBASSADOR, DEMO, NotAvailableError, Stage
+
+OK, NOT_AVAILABLE, FAILED = "ok", "n/a", "FAIL"
+ARCHIVE = CACHE / "images.tar"
+RESULTS = CACHE / "results.json"
+DOCUMENT = REPO / "docs" / "engines.md"
+TABLE = re.compile("(<!-- table -->\n).*(<!-- end of table -->)", re.DOTALL)
+
+
+class Expected(NamedTuple):
+    """Why some scenarios are not ok on some engines. `scenario` and `engines` may have wildcards."""
+
+    scenario: str
+    engines: str
+    outcome: str
+    reason: str
+
+
+# A fault of ours has the number of its finding; who mends it removes the row.
+EXPECTED = (
+    Expected("readme_link", "podman*", NOT_AVAILABLE, "Podman has no --link"),
+    Expected("compose", "docker20*", NOT_AVAILABLE, "Debian 12 has no docker compose"),
+    Expected("pause", "*-rootless", NOT_AVAILABLE, "pause needs a delegated cgroup"),
+    Expected("process_titles", "docker*-rootless", NOT_AVAILABLE, "top needs a delegated cgroup"),
+    Expected(
+        "ipv6_only",
+        "docker20* docker26* podman*",
+        NOT_AVAILABLE,
+        "networks without IPv4 came with Docker 28",
+    ),
+    Expected(
+        "host_network_ambassador_isolated",
+        "docker20* docker26* podman*",
+        NOT_AVAILABLE,
+        "gateway mode isolated came with Docker 28",
+    ),
+    Expected(
+        "host_network_target",
+        "podman*-rootless",
+        NOT_AVAILABLE,
+        "no container reaches the host network of rootless Podman",
+    ),
+    Expected(
+        "host_network_ambassador",
+        "podman*-rootless",
+        FAILED,
+        "ENG1: the host network is not the one of a rootless engine's addresses",
+    ),
+    Expected(
+        "host_network_ambassador_user_network",
+        "podman*-rootless",
+        FAILED,
+        "ENG1: the host network is not the one of a rootless engine's addresses",
+    ),
+    Expected(
+        "other_user_group_of_the_host",
+        "*-rootless",
+        FAILED,
+        "ENG3: the group that the host sees is not the one that a container sees",
+    ),
+    Expected(
+        "removed_at_its_end",
+        "podman*",
+        FAILED,
+        "ENG6: a false warning when a container is removed",
+    ),
+    Expected(
+        "host_network_ambassador_isolated",
+        "docker28*",
+        FAILED,
+        "ENG7: nothing says that the host has no address in the network",
+    ),
+)
+
+
+def expected(scenario: str, engine: str) -> Expected | None:
+    for row in EXPECTED:
+        if fnmatch(scenario, row.scenario) and chosen(engine, row.engines):
+            return row
+    return None
+
+
+def chosen(name: str, patterns: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns.split())
+
+
+class Outcome(NamedTuple):
+    word: str
+    seconds: float
+    detail: str
+
+    def surprise(self, scenario: str, engine: str) -> str:
+        """Why this is not as expected; "" if it is."""
+        row = expected(scenario, engine)
+        if self.word == (row.outcome if row else OK):
+            return ""
+        return f"expected {row.outcome} ({row.reason})" if row else self.detail or self.word
+
+
+_started = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - _started:6.1f} s] {text}", flush=True)
+
+
+def save_images() -> str:
+    """Write both images to the archive, unless they are there; the ID of the two."""
+    environment = {**os.environ, "DOCKER_HOST": start_engine()}
+
+    def docker(*words: str) -> str:
+        done = subprocess.run(
+            ["docker", *words], check=False, capture_output=True, text=True, env=environment
+        )
+        if done.returncode != 0:
+            raise UnavailableError(f"docker {words[0]}: {done.stderr.strip()}")
+        return done.stdout
+
+    tags = [AMBASSADOR, *(f"{DEMO}:{tag}" for tag in ("latest", "redis", "redis-cli"))]
+    ids = " ".join(docker("image", "inspect", "--format", "{{.Id}}", *tags).split())
+    known = ARCHIVE.with_suffix(".ids")
+    if not known.exists() or known.read_text() != ids:
+        say("saving the images")
+        known.unlink(missing_ok=True)
+        docker("save", "--output", str(ARCHIVE), *tags)
+        known.write_text(ids)
+    return ids
+
+
+def play(stage: Stage, run: Callable[[Stage], str | None]) -> Outcome:
+    """One scenario, with the stage cleared behind it."""
+    begin = time.monotonic()
+    try:
+        word, detail = OK, run(stage) or ""
+    except NotAvailableError as error:
+        word, detail = NOT_AVAILABLE, str(error)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the other scenarios go on)
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        word, detail = FAILED, f"{kind}{error}"
+        log = stage.log().splitlines()
+        detail += "".join(f"\n    | {line}" for line in log[-12:])
+    outcome = Outcome(word, round(time.monotonic() - begin, 1), detail)
+    stage.clear()
+    return outcome
+
+
+class Results:
+    """Outcomes of the present images by engine and scenario, kept in the cache."""
+
+    def __init__(self, images: str) -> None:
+        self.versions: dict[str, str] = {}
+        self.outcomes: dict[str, dict[str, Outcome]] = {}
+        self._images = images
+        if RESULTS.exists():
+            kept = json.loads(RESULTS.read_text())
+            if kept["images"] == images:
+                self.versions = kept["versions"]
+                for engine, outcomes in kept["outcomes"].items():
+                    self.outcomes[engine] = {name: Outcome(*o) for name, o in outcomes.items()}
+
+    def keep(self, engine: str, version: str, scenario: str, outcome: Outcome) -> None:
+        self.versions[engine] = version
+        self.outcomes.setdefault(engine, {})[scenario] = outcome
+        kept = {"images": self._images, "versions": self.versions, "outcomes": self.outcomes}
+        RESULTS.write_text(json.dumps(kept, indent=1))
+
+    def table(self) -> str:
+        """Scenarios by engines in Markdown, and below it the reason of all that is not ok."""
+        engines = [name for name in KINDS if name in self.outcomes]
+        reasons: dict[str, str] = {}
+        heads = [f"{name} ({self.versions[name]})" for name in engines]
+        lines = [f"| scenario | {' | '.join(heads)} |", "|---" * (len(engines) + 1) + "|"]
+        for scenario in SCENARIOS:
+            cells = [self._cell(scenario, name, reasons) for name in engines]
+            lines.append(f"| {scenario} | {' | '.join(cells)} |")
+        return "\n".join([*lines, "", *(f"- {mark}: {text}" for text, mark in reasons.items())])
+
+    def _cell(self, scenario: str, engine: str, reasons: dict[str, str]) -> str:
+        outcome = self.outcomes[engine].get(scenario)
+        if outcome is None:
+            return "not run"
+        row = expected(scenario, engine)
+        if row is None or outcome.word != row.outcome:
+            return outcome.word
+        finding, _, text = row.reason.partition(": ")
+        mark = finding if text else f"({len([m for m in reasons.values() if m[0] == '(']) + 1})"
+        mark = reasons.setdefault(text or finding, mark)
+        return f"{outcome.word} {mark}"
+
+
+def run_engine(name: str, scenarios: Sequence[str], results: Results) -> list[str]:
+    """Bring an engine up and run scenarios on it; what surprised."""
+    surprises = []
+    say(f"{name}: making sure of the root of Debian {KINDS[name].suite} (minutes, once)")
+    make_root(KINDS[name].suite)
+    say(f"{name}: starting")
+    with Engine(name) as engine:
+        engine.start()
+        version = engine.docker("version", "--format", "{{.Server.Version}}")
+        say(f"{name}: version {version} answers; loading the images")
+        engine.load(ARCHIVE)
+        stage = Stage(engine)
+        for number, scenario in enumerate(scenarios, 1):
+            outcome = play(stage, SCENARIOS[scenario])
+            surprise = outcome.surprise(scenario, name)
+            head = f"{name} {number:2}/{len(scenarios)} {scenario:36} {outcome.word:4}"
+            tail = "  UNEXPECTED  " if surprise else "  "
+            say(f"{head} {outcome.seconds:5.1f} s{tail}{outcome.detail}")
+            results.keep(name, version, scenario, outcome)
+            surprises += [f"{name} {scenario}: {surprise}"] if surprise else []
+    return surprises
+
+
+def record(table: str) -> None:
+    """Write the table into docs/engines.md, with the day."""
+    day = f"{datetime.now(UTC):%d %B %Y}"
+    text = TABLE.sub(lambda m: f"{m[1]}Made on {day}.\n\n{table}\n{m[2]}", DOCUMENT.read_text())
+    DOCUMENT.write_text(text)
+    say(f"recorded in {DOCUMENT}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.engines")
+    parser.add_argument("--engines", default="", help=f"some of {' '.join(KINDS)}")
+    parser.add_argument("--scenarios", default="", help=f"some of {' '.join(SCENARIOS)}")
+    parser.add_argument("--record", action="store_true", help=f"write the table into {DOCUMENT}")
+    options = parser.parse_args()
+    engines = [name for name in KINDS if chosen(name, options.engines or "*")]
+    scenarios = [name for name in SCENARIOS if chosen(name, options.scenarios or "*")]
+    if not engines or not scenarios:
+        parser.error("no engine or no scenario has such a name")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    surprises: list[str] = []
+    unavailable = False
+    try:
+        with (CACHE / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            results = Results(save_images())
+            for name in engines:
+                try:
+                    surprises += run_engine(name, scenarios, results)
+                except (UnavailableError, subprocess.SubprocessError) as error:
+                    unavailable = True
+                    say(f"{name}: {error}")
+    except BlockingIOError:
+        parser.error("another run of this checkout is under way")
+    except (UnavailableError, RuntimeError) as error:
+        parser.error(str(error))
+    print(f"\n{results.table()}\n")
+    if options.record:
+        record(results.table())
+    for surprise in surprises:
+        say(f"UNEXPECTED: {surprise}")
+    return 2 if unavailable else bool(surprises)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
