@@ -153,20 +153,19 @@ def save_images() -> str:
 
 
 def play(stage: Stage, run: Callable[[Stage], str | None]) -> Outcome:
-    """One scenario, with the stage cleared behind it."""
+    """One scenario on a clear stage."""
+    stage.clear()
     begin = time.monotonic()
     try:
         word, detail = OK, run(stage) or ""
     except NotAvailableError as error:
-        word, detail = NOT_AVAILABLE, str(error)
+        word, detail = NOT_AVAILABLE, " ".join(str(error).split())
     except Exception as error:  # noqa: BLE001  (whatever it is, the other scenarios go on)
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         word, detail = FAILED, f"{kind}{error}"
         log = stage.log().splitlines()
         detail += "".join(f"\n    | {line}" for line in log[-12:])
-    outcome = Outcome(word, round(time.monotonic() - begin, 1), detail)
-    stage.clear()
-    return outcome
+    return Outcome(word, round(time.monotonic() - begin, 1), detail)
 
 
 class Results:
@@ -264,12 +263,12 @@ def main() -> int:
             for name in engines:
                 try:
                     surprises += run_engine(name, scenarios, results)
-                except (UnavailableError, subprocess.SubprocessError) as error:
+                except (UnavailableError, RuntimeError, subprocess.SubprocessError) as error:
                     unavailable = True
                     say(f"{name}: {error}")
     except BlockingIOError:
         parser.error("another run of this checkout is under way")
-    except (UnavailableError, RuntimeError) as error:
+    except (UnavailableError, RuntimeError) as error:  # no image, or no Engine to make it
         parser.error(str(error))
     print(f"\n{results.table()}\n")
     if options.record:

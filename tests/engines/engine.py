@@ -34,6 +34,7 @@ CACHE = REPO / ".cache" / "engines"
 SOCKET = "/srv/engine/docker.sock"
 """Inside; nobody outside needs it."""
 
+SPACES = ("--net", "--mount", "--pid", "--cgroup", "--ipc", "--uts")
 START_S = 60.0
 POLL_S = 0.1
 USER = "1000"
@@ -71,7 +72,6 @@ PACKAGES_SINCE_TRIXIE = (
 MAKE_ROOT = f"""
 suite=$1 root=$2 mirror=$3 packages=$4
 release=$suite; [ "$suite" = experimental ] && release=sid
-mount --make-rprivate /
 debootstrap --variant=minbase "$release" "$root" ${{mirror:+"$mirror"}}
 cd "$root"
 [ "$suite" = "$release" ] ||
@@ -97,7 +97,6 @@ printf '[containers]\\npids_limit=0\\n[engine]\\ncgroup_manager="cgroupfs"\\neve
 FIRST_PROCESS = f"""
 read -r pid _ </proc/self/stat
 state=$1 lower=$2
-mount --make-rprivate /
 cd "$state"; mkdir upper work root data
 mount -t overlay overlay -o "lowerdir=$lower,upperdir=$state/upper,workdir=$state/work" root
 cd root
@@ -118,9 +117,9 @@ sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 mkdir -p /run/user/{USER}
 [ "$3" = root ] ||
     chown -R {USER}:{USER} /run/user/{USER} /srv/engine /var/lib/engine /sys/fs/cgroup/user
-trap '' CHLD  # the kernel reaps for a parent that ignores its children
 echo "$pid"
-exec cat >/dev/null
+# The kernel reaps for a parent that ignores its children.
+exec env --ignore-signal=CHLD cat >/dev/null
 """
 
 
@@ -191,10 +190,8 @@ class Engine:
         self._remove()  # an earlier run may have been killed
         self._state.mkdir(parents=True)
         self._cgroup.mkdir()
-        join = 'echo $$ >"$0/cgroup.procs"; exec "$@"'
-        spaces = ["--net", "--mount", "--pid", "--cgroup", "--ipc", "--uts"]
         user = "user" if self.kind.rootless else "root"
-        command = ["sh", "-c", join, str(self._cgroup), "unshare", *spaces, "--fork"]
+        command = [*_join(self._cgroup), "unshare", *SPACES, "--fork"]
         command += ["sh", "-euc", FIRST_PROCESS, "engine", str(self._state), str(root), user]
         with (self._state / "world.log").open("wb") as log:
             self._first = subprocess.Popen(
@@ -278,11 +275,9 @@ class Engine:
 
     def _inside(self, *command: str, cgroup: str = "init") -> list[str]:
         """A command to be run in the engine's namespaces, as root."""
-        spaces = ["--net", "--mount", "--pid", "--cgroup", "--ipc", "--uts"]
-        enter = 'echo $$ >/sys/fs/cgroup/$0/cgroup.procs; cd /; exec "$@"'
         environment = ["env", "-i", f"PATH={PATH}", "HOME=/root", f"DOCKER_HOST=unix://{SOCKET}"]
-        target = ["nsenter", f"--target={self._pid}", *spaces, "--"]
-        return [*target, *environment, "sh", "-c", enter, cgroup, *command]
+        enter = ["nsenter", f"--target={self._pid}", *SPACES, "--", *environment]
+        return [*_join(self._cgroup / cgroup), *enter, *command]
 
     def run(
         self, *command: str, check: bool = True, stdin: str | None = None, timeout_s: float = 90
@@ -315,6 +310,11 @@ class Engine:
                 stdout=subprocess.DEVNULL,
                 timeout=180,
             )
+
+
+def _join(cgroup: Path) -> list[str]:
+    """What runs a command in a cgroup. From outside: a cgroup namespace may admit no newcomers."""
+    return ["sh", "-c", 'echo $$ >"$0/cgroup.procs"; exec "$@"', str(cgroup)]
 
 
 def _cgroup_mount() -> Path:
