@@ -1,7 +1,7 @@
 """Runs the scenarios on the engines and prints a table: `make test-engines`.
 
-Exit code: 0 if every outcome is as `EXPECTED` says, 1 if one is not, 2 if an engine cannot be had.
-Outcomes are kept in the cache and shown together as long as the images stay the same, so a table
+Exit code: 0 if every outcome is as expected.py says, 1 if one is not, 2 if an engine cannot be had.
+Outcomes are kept in the cache as long as images and scenarios stay the same, so a table
 may be made in several runs. `--record` writes it into docs/engines.md.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -17,96 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from fnmatch import fnmatch
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.docker.engine import start_engine
 from tests.engines.engine import CACHE, KINDS, REPO, Engine, UnavailableError, make_root
+from tests.engines.expected import FAILED, NOT_AVAILABLE, OK, chosen, expected
 from tests.engines.scenarios import SCENARIOS
 from tests.engines.stage import AMBASSADOR, DEMO, NotAvailableError, Stage
 
-OK, NOT_AVAILABLE, FAILED = "ok", "n/a", "FAIL"
 ARCHIVE = CACHE / "images.tar"
 RESULTS = CACHE / "results.json"
 DOCUMENT = REPO / "docs" / "engines.md"
 TABLE = re.compile("(<!-- table -->\n).*(<!-- end of table -->)", re.DOTALL)
-
-
-class Expected(NamedTuple):
-    """Why some scenarios are not ok on some engines. `scenario` and `engines` may have wildcards."""
-
-    scenario: str
-    engines: str
-    outcome: str
-    reason: str
-
-
-# A fault of ours has the number of its finding; who mends it removes the row.
-EXPECTED = (
-    Expected("readme_link", "podman*", NOT_AVAILABLE, "Podman has no --link"),
-    Expected("compose", "docker20*", NOT_AVAILABLE, "Debian 12 has no docker compose"),
-    Expected("pause", "*-rootless", NOT_AVAILABLE, "pause needs a delegated cgroup"),
-    Expected("process_titles", "docker*-rootless", NOT_AVAILABLE, "top needs a delegated cgroup"),
-    Expected(
-        "ipv6_only",
-        "docker20* docker26* podman*",
-        NOT_AVAILABLE,
-        "networks without IPv4 came with Docker 28",
-    ),
-    Expected(
-        "host_network_ambassador_isolated",
-        "docker20* docker26* podman*",
-        NOT_AVAILABLE,
-        "gateway mode isolated came with Docker 28",
-    ),
-    Expected(
-        "host_network_target",
-        "podman*-rootless",
-        NOT_AVAILABLE,
-        "no container reaches the host network of rootless Podman",
-    ),
-    Expected(
-        "host_network_ambassador",
-        "podman*-rootless",
-        FAILED,
-        "ENG1: the host network is not the one of a rootless engine's addresses",
-    ),
-    Expected(
-        "host_network_ambassador_user_network",
-        "podman*-rootless",
-        FAILED,
-        "ENG1: the host network is not the one of a rootless engine's addresses",
-    ),
-    Expected(
-        "other_user_group_of_the_host",
-        "*-rootless",
-        FAILED,
-        "ENG3: the group that the host sees is not the one that a container sees",
-    ),
-    Expected(
-        "removed_at_its_end",
-        "podman*",
-        FAILED,
-        "ENG6: a false warning when a container is removed",
-    ),
-    Expected(
-        "host_network_ambassador_isolated",
-        "docker28*",
-        FAILED,
-        "ENG7: nothing says that the host has no address in the network",
-    ),
-)
-
-
-def expected(scenario: str, engine: str) -> Expected | None:
-    for row in EXPECTED:
-        if fnmatch(scenario, row.scenario) and chosen(engine, row.engines):
-            return row
-    return None
-
-
-def chosen(name: str, patterns: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns.split())
 
 
 class Outcome(NamedTuple):
@@ -117,9 +41,10 @@ class Outcome(NamedTuple):
     def surprise(self, scenario: str, engine: str) -> str:
         """Why this is not as expected; "" if it is."""
         row = expected(scenario, engine)
-        if self.word == (row.outcome if row else OK):
+        if self.word == (row.word if row else OK):
             return ""
-        return f"expected {row.outcome} ({row.reason})" if row else self.detail or self.word
+        known = f"expected.py has {row.word}, {row.reason}" if row else "expected.py has ok"
+        return f"{self.word} ({known})"
 
 
 _started = time.monotonic()
@@ -130,7 +55,7 @@ def say(text: str) -> None:
 
 
 def save_images() -> str:
-    """Write both images to the archive, unless they are there; the ID of the two."""
+    """Write the images to the archive, unless they are there; their IDs."""
     environment = {**os.environ, "DOCKER_HOST": start_engine()}
 
     def docker(*words: str) -> str:
@@ -152,6 +77,12 @@ def save_images() -> str:
     return ids
 
 
+def digest() -> str:
+    """Of what the scenarios do."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("scenarios", "stage", "client")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def play(stage: Stage, run: Callable[[Stage], str | None]) -> Outcome:
     """One scenario on a clear stage."""
     stage.clear()
@@ -169,15 +100,15 @@ def play(stage: Stage, run: Callable[[Stage], str | None]) -> Outcome:
 
 
 class Results:
-    """Outcomes of the present images by engine and scenario, kept in the cache."""
+    """Outcomes by engine and scenario, kept in the cache as long as `source` stays the same."""
 
-    def __init__(self, images: str) -> None:
+    def __init__(self, source: str) -> None:
         self.versions: dict[str, str] = {}
         self.outcomes: dict[str, dict[str, Outcome]] = {}
-        self._images = images
+        self._source = source
         if RESULTS.exists():
             kept = json.loads(RESULTS.read_text())
-            if kept["images"] == images:
+            if kept["source"] == source:
                 self.versions = kept["versions"]
                 for engine, outcomes in kept["outcomes"].items():
                     self.outcomes[engine] = {name: Outcome(*o) for name, o in outcomes.items()}
@@ -185,7 +116,7 @@ class Results:
     def keep(self, engine: str, version: str, scenario: str, outcome: Outcome) -> None:
         self.versions[engine] = version
         self.outcomes.setdefault(engine, {})[scenario] = outcome
-        kept = {"images": self._images, "versions": self.versions, "outcomes": self.outcomes}
+        kept = {"source": self._source, "versions": self.versions, "outcomes": self.outcomes}
         RESULTS.write_text(json.dumps(kept, indent=1))
 
     def table(self) -> str:
@@ -204,11 +135,10 @@ class Results:
         if outcome is None:
             return "not run"
         row = expected(scenario, engine)
-        if row is None or outcome.word != row.outcome:
+        if row is None or outcome.word != row.word:
             return outcome.word
-        finding, _, text = row.reason.partition(": ")
-        mark = finding if text else f"({len([m for m in reasons.values() if m[0] == '(']) + 1})"
-        mark = reasons.setdefault(text or finding, mark)
+        numbers = sum(mark.startswith("(") for mark in reasons.values())
+        mark = reasons.setdefault(row.reason, row.finding or f"({numbers + 1})")
         return f"{outcome.word} {mark}"
 
 
@@ -258,16 +188,18 @@ def main() -> int:
     unavailable = False
     try:
         with (CACHE / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            results = Results(save_images())
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("waiting for another run of this checkout")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            results = Results(f"{save_images()} {digest()}")
             for name in engines:
                 try:
                     surprises += run_engine(name, scenarios, results)
                 except (UnavailableError, RuntimeError, subprocess.SubprocessError) as error:
                     unavailable = True
                     say(f"{name}: {error}")
-    except BlockingIOError:
-        parser.error("another run of this checkout is under way")
     except (UnavailableError, RuntimeError) as error:  # no image, or no Engine to make it
         parser.error(str(error))
     print(f"\n{results.table()}\n")
