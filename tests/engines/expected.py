@@ -25,6 +25,7 @@ BEFORE_DOCKER_28 = "docker20* docker26* podman*"
 
 EXPECTED = (
     Expected("readme_link", "podman*", "Podman has no --link"),
+    Expected("readme_podman", "docker*", "it is about Podman's client"),
     Expected("compose", "docker20*", "Debian 12 has no docker compose"),
     Expected("pause", "*-rootless", "pause needs a delegated cgroup"),
     Expected("process_titles", "docker*-rootless", "docker top needs a delegated cgroup"),

@@ -70,6 +70,27 @@ def readme_user_network(stage: Stage) -> None:
 
 
 @scenario
+def readme_podman(stage: Stage) -> None:
+    """README's line for Podman, with Podman's own client."""
+    if stage.engine.kind.program != "podman":
+        raise NotAvailableError("no Podman")
+
+    def podman(*words: str) -> str:
+        return stage.engine.run("podman", "--remote", "--url", f"unix://{SOCKET}", *words)
+
+    def ping() -> bool:
+        host = ("redis-cli", "-h", "redis_ambassador", "ping")
+        return podman("run", "--rm", "--network", "net", DEMO, *host).endswith("PONG")
+
+    podman("network", "create", "net")
+    run = ("run", "-d", "--network", "net", "--name")
+    podman(*run, "redis", "--expose", "6379", f"{DEMO}:redis")
+    mount = ("-v", f"{SOCKET}:/var/run/docker.sock")
+    podman(*run, "redis_ambassador", *mount, AMBASSADOR, "-name", "redis")
+    stage.until("redis through the ambassador", ping)
+
+
+@scenario
 def compose(stage: Stage) -> None:
     stage.optional("compose", "version")
     services = {
