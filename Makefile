@@ -40,10 +40,10 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/relay -k tcp')
 	$(BIN)/python scripts/sanitize.py $(ARGS)
 
-test-engines: build ## The image on Docker 20 to 28 and Podman 5 and 6, minutes each (ENGINES="docker20 podman*" SCENARIOS= RECORD=1)
+test-engines: build ## The image on Docker 20 to 28 and Podman 5 and 6, minutes each (ENGINES="docker20 podman*" SCENARIOS= JOBS=2 RECORD=1)
 	@$(PYTHON) scripts/debian.py need $(ENGINE_PROGRAMS)
 	@$(PYTHON) scripts/images.py
-	$(BIN)/python -m tests.engines --engines "$(ENGINES)" --scenarios "$(SCENARIOS)" $(if $(RECORD),--record)
+	$(BIN)/python -m tests.engines --engines "$(ENGINES)" --scenarios "$(SCENARIOS)" $(if $(JOBS),--jobs $(JOBS)) $(if $(RECORD),--record)
 
 fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)

@@ -15,8 +15,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,7 @@ class Results:
         self.versions: dict[str, str] = {}
         self.outcomes: dict[str, dict[str, Outcome]] = {}
         self._source = source
+        self._lock = threading.Lock()
         if RESULTS.exists():
             kept = json.loads(RESULTS.read_text())
             if kept["source"] == source:
@@ -114,10 +117,11 @@ class Results:
                     self.outcomes[engine] = {name: Outcome(*o) for name, o in outcomes.items()}
 
     def keep(self, engine: str, version: str, scenario: str, outcome: Outcome) -> None:
-        self.versions[engine] = version
-        self.outcomes.setdefault(engine, {})[scenario] = outcome
-        kept = {"source": self._source, "versions": self.versions, "outcomes": self.outcomes}
-        RESULTS.write_text(json.dumps(kept, indent=1))
+        with self._lock:
+            self.versions[engine] = version
+            self.outcomes.setdefault(engine, {})[scenario] = outcome
+            kept = {"source": self._source, "versions": self.versions, "outcomes": self.outcomes}
+            RESULTS.write_text(json.dumps(kept, indent=1))
 
     def table(self) -> str:
         """Scenarios by engines in Markdown, and below it the reason of all that is not ok."""
@@ -145,8 +149,6 @@ class Results:
 def run_engine(name: str, scenarios: Sequence[str], results: Results) -> list[str]:
     """Bring an engine up and run scenarios on it; what surprised."""
     surprises = []
-    say(f"{name}: making sure of the root of Debian {KINDS[name].suite} (minutes, once)")
-    make_root(KINDS[name].suite)
     say(f"{name}: starting")
     with Engine(name) as engine:
         engine.start()
@@ -177,6 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.engines")
     parser.add_argument("--engines", default="", help=f"some of {' '.join(KINDS)}")
     parser.add_argument("--scenarios", default="", help=f"some of {' '.join(SCENARIOS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="engines at a time")
     parser.add_argument("--record", action="store_true", help=f"write the table into {DOCUMENT}")
     options = parser.parse_args()
     engines = [name for name in KINDS if chosen(name, options.engines or "*")]
@@ -194,9 +197,14 @@ def main() -> int:
                 say("waiting for another run of this checkout")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             results = Results(f"{save_images()} {digest()}")
-            for name in engines:
+            for suite in dict.fromkeys(KINDS[name].suite for name in engines):
+                say(f"making sure of the root of Debian {suite}: minutes, once")
+                make_root(suite)
+            with ThreadPoolExecutor(options.jobs) as pool:  # a scenario waits most of its time
+                runs = {name: pool.submit(run_engine, name, scenarios, results) for name in engines}
+            for name, run in runs.items():
                 try:
-                    surprises += run_engine(name, scenarios, results)
+                    surprises += run.result()
                 except (UnavailableError, RuntimeError, subprocess.SubprocessError) as error:
                     unavailable = True
                     say(f"{name}: {error}")
