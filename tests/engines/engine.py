@@ -104,7 +104,9 @@ mount -t proc proc proc; mount --rbind /dev dev; mount -t tmpfs -o mode=1777 non
 mount -t sysfs none sys; mount -t cgroup2 none sys/fs/cgroup
 mount -t tmpfs -o mode=755 none run; mount -t tmpfs -o mode=1777 none tmp
 mount --bind "$state/data" var/lib/engine
-mknod -m 666 run/tun c 10 200; mount --bind run/tun dev/net/tun  # as udev would make it
+if [ -e dev/net/tun ]; then  # for everybody, as udev makes it
+    mknod -m 666 run/tun c 10 200; mount --bind run/tun dev/net/tun
+fi
 pivot_root . .old; cd /; umount -l /.old
 cd /sys/fs/cgroup; mkdir init user; echo 1 >init/cgroup.procs
 for controller in $(cat cgroup.controllers); do
