@@ -1,4 +1,4 @@
-"""The access rules of a listener: the newest list, replaced whole. Carried; no loop obeys them yet."""
+"""The access rules of a listener, replaced whole by each update. No loop obeys them yet."""
 
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free
@@ -12,7 +12,7 @@ cdef struct access_t:
 
 
 cdef inline int access_replace(access_t *access, update_view_t *view) except -1:
-    """Take the list of an update that has been read. Raises MemoryError."""
+    """Replace the rules by those of a checked update. Raises MemoryError."""
     cdef uint32_t count = view.head.rules
     cdef rule_item_t *fresh = <rule_item_t *>calloc(count + 1, sizeof(rule_item_t)) if count else NULL
     if count and fresh == NULL:

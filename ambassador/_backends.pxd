@@ -1,4 +1,4 @@
-"""The backends that a loop may use: the newest list, replaced whole."""
+"""The backends that a loop may use, replaced whole by each update."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -7,12 +7,17 @@ from libc.string cimport memcpy, memset
 from ambassador._linux cimport AF_INET, AF_INET6, htons, sockaddr_in, sockaddr_in6, socklen_t
 from ambassador._record cimport backend_item_t, update_view_t
 
+cdef enum:  # how a new list differs from the old one
+    BACKENDS_SAME = 0
+    BACKENDS_CHANGED = 1  # weights, the order, or fewer
+    BACKEND_CAME = 2  # one that the old list does not have
+
 ctypedef union address_t:
     sockaddr_in v4
     sockaddr_in6 v6
 
 cdef struct backend_t:
-    uint64_t id  # the listener's number for this run of this container at this address
+    uint64_t id  # of this run of this container at this address; the listener never reuses one
     uint32_t weight
     socklen_t length
     address_t address
@@ -20,7 +25,7 @@ cdef struct backend_t:
 cdef struct backends_t:
     backend_t *items
     uint32_t count
-    uint32_t total_weight  # 0: nobody takes new clients
+    uint32_t total_weight  # 0: no backend takes new clients
     uint32_t turn
 
 
@@ -40,48 +45,6 @@ cdef inline void backend_set(backend_t *backend, const backend_item_t *item) noe
         backend.length = sizeof(sockaddr_in6)
 
 
-cdef inline bint backends_same(backends_t *old, backend_t *items, uint32_t count) noexcept nogil:
-    """Whether these are the backends of `old`: an id stands for one address, so weights and ids say it."""
-    cdef uint32_t i
-    if old.items == NULL or old.count != count:
-        return False
-    for i in range(count):
-        if old.items[i].id != items[i].id or old.items[i].weight != items[i].weight:
-            return False
-    return True
-
-
-cdef inline int backends_replace(backends_t *backends, update_view_t *view) except -1:
-    """Take the list of an update that has been read: 1, or 0 if it is the same. Raises MemoryError."""
-    cdef uint32_t count = view.head.backends, i
-    cdef backend_item_t item
-    cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
-    if fresh == NULL:
-        raise MemoryError
-    for i in range(count):
-        memcpy(&item, view.backends + i * sizeof(backend_item_t), sizeof(backend_item_t))
-        backend_set(&fresh[i], &item)
-    if backends_same(backends, fresh, count):
-        free(fresh)
-        return 0
-    free(backends.items)
-    backends.items, backends.count, backends.total_weight = fresh, count, 0
-    for i in range(count):
-        backends.total_weight += fresh[i].weight
-    return 1
-
-
-cdef inline backend_t *backends_next(backends_t *backends) noexcept nogil:
-    """Each in its turn, `weight` times in a row. There must be one with a weight."""
-    cdef uint32_t left = backends.turn % backends.total_weight
-    cdef uint32_t i = 0
-    backends.turn += 1
-    while left >= backends.items[i].weight:
-        left -= backends.items[i].weight
-        i += 1
-    return &backends.items[i]
-
-
 cdef inline bint backends_have(backends_t *backends, uint64_t number) noexcept nogil:
     """Whether the backend with this id is in the list."""
     cdef uint32_t i
@@ -89,3 +52,52 @@ cdef inline bint backends_have(backends_t *backends, uint64_t number) noexcept n
         if backends.items[i].id == number:
             return True
     return False
+
+
+cdef inline int backends_change(backends_t *old, backend_t *items, uint32_t count) noexcept nogil:
+    """Return how `items` differ from `old`. An id stands for one address, so ids and weights say it."""
+    cdef uint32_t i
+    cdef int change = BACKENDS_SAME
+    if old.items == NULL or old.count != count:
+        change = BACKENDS_CHANGED
+    for i in range(count):
+        if not backends_have(old, items[i].id):
+            return BACKEND_CAME
+        if change == BACKENDS_SAME and (
+            old.items[i].id != items[i].id or old.items[i].weight != items[i].weight
+        ):
+            change = BACKENDS_CHANGED
+    return change
+
+
+cdef inline int backends_replace(backends_t *backends, update_view_t *view) except -1:
+    """Replace the list by that of a checked update. Return how it differs. Raises MemoryError."""
+    cdef uint32_t count = view.head.backends, i
+    cdef backend_item_t item
+    cdef backend_t *fresh = <backend_t *>calloc(count + 1, sizeof(backend_t))
+    cdef int change
+    if fresh == NULL:
+        raise MemoryError
+    for i in range(count):
+        memcpy(&item, view.backends + i * sizeof(backend_item_t), sizeof(backend_item_t))
+        backend_set(&fresh[i], &item)
+    change = backends_change(backends, fresh, count)
+    if change == BACKENDS_SAME:
+        free(fresh)
+        return change
+    free(backends.items)
+    backends.items, backends.count, backends.total_weight = fresh, count, 0
+    for i in range(count):
+        backends.total_weight += fresh[i].weight
+    return change
+
+
+cdef inline backend_t *backends_next(backends_t *backends) noexcept nogil:
+    """Return each backend in turn, `weight` times in a row. One must have a weight."""
+    cdef uint32_t left = backends.turn % backends.total_weight
+    cdef uint32_t i = 0
+    backends.turn += 1
+    while left >= backends.items[i].weight:
+        left -= backends.items[i].weight
+        i += 1
+    return &backends.items[i]

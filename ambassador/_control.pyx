@@ -1,7 +1,7 @@
 """Takes control records off a worker's stream (control.py packs them). Compiled for memory.
 
-In Python this parsing touched half a megabyte of the interpreter's objects, and each page that is touched is one
-that the worker no longer shares with the fork server.
+In Python this parsing touched half a megabyte of the interpreter's objects. Each touched page is one that the
+worker no longer shares with the fork server.
 """
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
@@ -45,6 +45,7 @@ SANDBOX_REQUIRED = FLAG_SANDBOX_REQUIRED
 
 
 cdef int record_check(header_t *header, const char *payload) except -1:
+    """Raise ValueError if the payload is not what the header says."""
     cdef start_t start
     cdef update_view_t view
     cdef options_t option
@@ -62,9 +63,9 @@ cdef int record_check(header_t *header, const char *payload) except -1:
 
 
 def next_record(bytearray stream not None):
-    """Remove the first record from `stream`: `(type, generation, payload)`, or None if it is not complete.
+    """Remove the first record from `stream`. Return (type, generation, payload), or None if it is incomplete.
 
-    The payload has been checked. Raises ValueError for what is no control record, and leaves the stream then.
+    The payload has been checked. Raises ValueError if it is not a control record; the stream then stays.
     """
     cdef header_t header
     cdef const char *payload

@@ -3,7 +3,7 @@
 from typing import Final
 
 CONTROL: Final[int]
-"""`run` returned because the control pipe has something to read."""
+"""`run` returned because the control pipe has data or its end."""
 DRAINED: Final[int]
 """`run` returned because draining is over."""
 

@@ -1,4 +1,4 @@
-"""The fork server's loop (compiled from _forker.pyx, which has its messages)."""
+"""The fork server's loop (compiled from _forkserver.pyx, which documents its messages)."""
 
 from typing import Final
 

@@ -1,20 +1,20 @@
 """The fork server's loop: forks a worker on each request, reports starts and exits. Compiled for memory.
 
-A page that the fork server writes between two forks is no longer shared by the workers on either side of it,
-so each worker pays for whatever the fork server does. Written in Python this loop touched some 0.7 MB of
-objects (reference counts) per turn; here it touches a page of stack.
+The workers forked before and after a write by the fork server do not share the written page. So each worker
+pays for whatever the fork server does. In Python this loop touched some 0.7 MB of objects (reference counts)
+per turn; here it touches a page of stack.
 
 Messages over the socket pair (SOCK_SEQPACKET, so each arrives whole), in the machine's own byte order:
 
-    request   parent -> fork server   1 byte and descriptors: listener, control pipe, counters, and the siblings' counters
-    forked    fork server -> parent   FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and none
-    exited    fork server -> parent   EXITED, pid, wait status
+    request   from the parent   1 byte and descriptors: listener, control pipe, counters, siblings' counters
+    forked    to the parent     FORKED, pid, 0 and a pidfd; or FORKED, -errno, 0 and no descriptor
+    exited    to the parent     EXITED, pid, wait status
 
 Invariants
 ----------
 - fork(2) is called in a process that has one thread, so the child needs no repair of the interpreter.
-- The fork server keeps no descriptor of a worker but its pidfd, and a worker keeps only its own.
-- When the parent is gone, every child is killed: one that is stopped or stuck would not notice.
+- The fork server keeps only the pidfd of a worker, and a worker keeps only its own descriptors.
+- When the parent is gone, the fork server kills every child: one that is stopped or stuck would not notice.
 
 Sources: fork(2), pidfd_open(2), unix(7), cmsg(3).
 """
@@ -75,7 +75,7 @@ cdef enum:
     FIRST_PASSED = 3  # behind standard input, output and error
     MAX_CHILDREN = 4096
     CONTROL_BYTES = 64
-    REQUEST_BYTES = 1024  # of ancillary data: CMSG_SPACE of MAX_PASSED descriptors, and a bit
+    REQUEST_BYTES = 1024  # of ancillary data: CMSG_SPACE of MAX_PASSED descriptors, rounded up
 
 cdef enum:
     FORKED = 1
@@ -93,14 +93,14 @@ cdef struct message_t:
     int32_t pid
     int32_t status
 
-# One fork server to a process: its children, beside the pidfd of each; the parent's socket comes first.
+# One fork server to a process. Place 0 is the parent's socket; behind it are the children, pid beside pidfd.
 cdef pollfd watched[MAX_CHILDREN + 1]
 cdef int32_t pids[MAX_CHILDREN + 1]
 cdef int watching
 
 
 cdef int report(int32_t kind, int32_t pid, int32_t status, int pidfd) noexcept:
-    """Tell the parent; 0, or -1 if it is gone."""
+    """Send the parent a message. 0, or -1 if it is gone."""
     cdef char control[CONTROL_BYTES]
     cdef message_t message
     cdef iovec part
@@ -123,10 +123,10 @@ cdef int report(int32_t kind, int32_t pid, int32_t status, int pidfd) noexcept:
 
 
 cdef void become_worker(passed_t *passed) noexcept:
-    """In the child: standard error and the passed descriptors, nothing else."""
+    """In the child: keep standard error and the passed descriptors, close all else."""
     cdef int place, null
     cdef int above = FIRST_PASSED + passed.count + watching + passed.count
-    for place in range(passed.count):  # first out of the way of the places they go to
+    for place in range(passed.count):  # first above every number that is in use
         passed.fds[place] = dup2(passed.fds[place], above + place)
     for place in range(passed.count):
         passed.fds[place] = dup2(passed.fds[place], FIRST_PASSED + place)
@@ -139,8 +139,11 @@ cdef void become_worker(passed_t *passed) noexcept:
 
 
 cdef int fork_worker(passed_t *passed) noexcept:
-    """Fork a worker that owns what was passed. 1 in the child; in the fork server 0, or -1 if the parent is gone."""
-    cdef int place, pidfd, told
+    """Fork a worker that owns the passed descriptors.
+
+    Return 1 in the child; in the fork server 0, or -1 if the parent is gone.
+    """
+    cdef int place, pidfd, result
     cdef int32_t pid = -1
     set_errno(EAGAIN)
     if watching <= MAX_CHILDREN:
@@ -153,9 +156,9 @@ cdef int fork_worker(passed_t *passed) noexcept:
     if pid < 0:  # a limit on processes or memory: the parent tries again later
         return report(FORKED, -errno, 0, -1)
     pidfd = pidfd_open(pid, 0)
-    told = report(FORKED, pid, 0, pidfd)
+    result = report(FORKED, pid, 0, pidfd)
     add_child(pidfd, pid)
-    return told
+    return result
 
 
 cdef void add_child(int pidfd, int32_t pid) noexcept:
@@ -166,7 +169,8 @@ cdef void add_child(int pidfd, int32_t pid) noexcept:
 
 
 cdef int reap_child(int place) noexcept:
-    """The child at `place` has ended; the last one takes its place. -1 if the parent is gone."""
+    """Reap the child at `place`, which has exited; the last child takes its place. -1 if the parent is
+    gone."""
     global watching
     cdef int status = 0
     cdef int32_t pid = pids[place]
@@ -178,7 +182,7 @@ cdef int reap_child(int place) noexcept:
 
 
 cdef int receive(passed_t *passed) noexcept:
-    """The parent's next request into `passed`: 1, or 0 when the parent is gone."""
+    """Receive the parent's next request into `passed`. 1, or 0 if the parent is gone."""
     cdef char control[REQUEST_BYTES]
     cdef char byte
     cdef iovec part
@@ -203,13 +207,13 @@ cdef int receive(passed_t *passed) noexcept:
 
 
 cdef bint serve_requests(passed_t *passed) noexcept:
-    """Serve the parent. True in a new worker, False when the parent is gone."""
+    """Serve the parent. True in a new worker, False if the parent is gone."""
     cdef int place, started
     while True:
         if poll(watched, watching, -1) < 0 and errno != EINTR:
             return False
         place = watching - 1
-        while place > 0:  # from the end: reaping moves the last one, which has been looked at
+        while place > 0:  # from the end: reaping moves the last one, which has been checked
             if watched[place].revents and reap_child(place) < 0:
                 return False
             place -= 1
@@ -223,9 +227,9 @@ cdef bint serve_requests(passed_t *passed) noexcept:
 
 
 def serve(int fd):
-    """Serve the parent at the other end of socket `fd` until it is gone; then every child is killed.
+    """Serve the parent at the other end of socket `fd` until it is gone; then kill every child.
 
-    Returns None in the fork server, and in each new worker its descriptors in the order of the request. The
+    Return None in the fork server, and in each new worker its descriptors in the order of the request. The
     caller must have no other thread.
     """
     global watching

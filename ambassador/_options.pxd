@@ -1,4 +1,4 @@
-"""The options that travel to a worker: the wire numbers of options.py, under the same names (a test compares)."""
+"""The options that travel to a worker: the wire numbers of options.py, under its names (a test compares)."""
 
 from libc.stdint cimport int64_t
 
@@ -15,4 +15,4 @@ cdef enum:
     GSO = 10
     OPTIONS_END
 
-ctypedef int64_t options_t[OPTIONS_END]  # a loop reads loop.option[IDLE_TIMEOUT]; place 0 is unused
+ctypedef int64_t options_t[OPTIONS_END]  # a loop reads loop.option[IDLE_TIMEOUT]; place 0 stays unused

@@ -1,9 +1,10 @@
 """Control records as a worker reads them (control.py packs them and has their form).
 
-Inline functions only: `_control` checks a whole record, and the loops read an update's payload in place. They make
-no Python objects, since each page that Python touches is one that the worker no longer shares.
+Inline functions only: `_control` checks a whole record, and the loops read an update's payload in place. They
+make no Python objects: each page that Python touches is one that the worker no longer shares.
 
-Invariants: nothing is read past `length`; what does not parse raises ValueError. Little-endian machines only.
+Invariants: no byte past `length` is read; a payload that does not parse raises ValueError. Little-endian
+only.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -18,6 +19,7 @@ cdef enum:
     MAX_RECORD_RULES = 16384
     MAX_WORKER_SLOTS = 64
     MAX_OPTION_VALUE = 0xFFFFFFFF
+    MAX_WEIGHT = 65535
 
 cdef enum:
     KIND_START = 1
@@ -45,7 +47,7 @@ cdef packed struct start_t:
     uint16_t slot
     uint16_t slots
 
-cdef packed struct update_t:  # what follows it: so many of each, in this order
+cdef packed struct update_t:  # so many of each follow, in this order
     uint16_t options
     uint16_t backends
     uint16_t rules
@@ -79,7 +81,7 @@ cdef struct update_view_t:  # an update's parts, inside its payload
 
 
 cdef inline int start_read(const char *payload, size_t length, start_t *start) except -1:
-    """Fill `start`. Raises ValueError for what is no Start."""
+    """Fill `start`. Raises ValueError if the payload is not a Start."""
     if length != sizeof(start_t):
         raise ValueError(f"type {KIND_START} of {length} bytes")
     memcpy(start, payload, sizeof(start_t))
@@ -93,7 +95,7 @@ cdef inline int start_read(const char *payload, size_t length, start_t *start) e
 
 
 cdef inline int options_read(const char *items, size_t count, options_t option) except -1:
-    """Set every option. Raises ValueError if one is missing, given twice, unknown or too large."""
+    """Fill `option`. Raises ValueError if an option is missing, given twice, unknown or too large."""
     cdef option_item_t item
     cdef uint64_t seen = 0
     cdef size_t i
@@ -109,32 +111,36 @@ cdef inline int options_read(const char *items, size_t count, options_t option) 
     return 0
 
 
-cdef inline int backend_check(const backend_item_t *item) except -1:
+cdef inline int address_check(int version, const char *address) except -1:
     cdef int i
+    for i in range(4 if version == 4 else 16, 16):
+        if address[i]:
+            raise ValueError("family 4 with more than 4 bytes of address")
+    return 0
+
+
+cdef inline int backend_check(const backend_item_t *item) except -1:
     if item.version != 4 and item.version != 6 or item.reserved:
         raise ValueError(f"backend of family {item.version} with reserved {item.reserved}")
     if not item.port or (item.zone and item.version == 4):
         raise ValueError(f"backend of family {item.version} with port {item.port}, zone {item.zone}")
-    if item.weight > 65535:
+    if item.weight > MAX_WEIGHT:
         raise ValueError(f"backend with weight {item.weight}")
-    for i in range(4 if item.version == 4 else 16, 16):
-        if item.address[i]:
-            raise ValueError("backend of family 4 with more than 4 bytes of address")
-    return 0
+    return address_check(item.version, item.address)
 
 
 cdef inline int rule_check(const rule_item_t *item) except -1:
     if item.version != 4 and item.version != 6 or item.reserved or item.allow > 1:
-        raise ValueError(f"rule of family {item.version} with reserved {item.reserved}")
+        raise ValueError(f"rule of family {item.version} with reserved {item.reserved}, allow {item.allow}")
     if item.prefix > (32 if item.version == 4 else 128):
         raise ValueError(f"rule of family {item.version} with prefix {item.prefix}")
-    return 0
+    return address_check(item.version, item.address)
 
 
 cdef inline int update_read(
     const char *payload, size_t length, update_view_t *view, options_t option
 ) except -1:
-    """Fill `view` and `option`, and check every item. Raises ValueError for what is no Update."""
+    """Fill `view` and `option`, and check every item. Raises ValueError if the payload is not an Update."""
     cdef backend_item_t backend
     cdef rule_item_t rule
     cdef size_t at = sizeof(update_t), i
@@ -147,8 +153,10 @@ cdef inline int update_read(
     view.rules = payload + at
     at += view.head.rules * sizeof(rule_item_t)
     view.title = payload + at
-    if length != at + view.head.title_bytes or view.head.backends > MAX_RECORD_BACKENDS:
-        raise ValueError(f"{view.head.backends} backends in {length} bytes")
+    if view.head.backends > MAX_RECORD_BACKENDS or view.head.rules > MAX_RECORD_RULES:
+        raise ValueError(f"{view.head.backends} backends and {view.head.rules} rules")
+    if length != at + view.head.title_bytes:
+        raise ValueError(f"type {KIND_UPDATE} of {length} bytes instead of {at + view.head.title_bytes}")
     options_read(payload + sizeof(update_t), view.head.options, option)
     for i in range(view.head.backends):
         memcpy(&backend, view.backends + i * sizeof(backend_item_t), sizeof(backend_item_t))

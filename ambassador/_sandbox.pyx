@@ -5,32 +5,32 @@ The steps, in the order in which they must be taken (each needs what a later one
     no-new-privileges  no program run from here gains anything, were one ever run
     bounding           the bounding and the ambient set of capabilities are emptied
     groups             no supplementary groups
-    uid                group NOBODY and a user of the worker's own, where the worker is root
+    uid                group NOBODY and a user of the worker's own, if the worker is root
     capabilities       effective, permitted and inheritable sets are emptied
     dumpable           no core file, and no other process of this user may look inside
-    seccomp            the filter below: what is not on the list does not happen
+    seccomp            the filter below: a call that is not on the list is refused
 
-A step is not believed because its call returned 0: `steps_that_hold` reads back what holds, so a container that has
-taken something away before us satisfies the step too. Where the parent is not root, groups and bounding set
-cannot be changed and are not asked for: there is nothing of root's to give up, and neither is of use
-to a process that can open nothing and execute nothing.
+A step counts only if it holds: `steps_that_hold` reads it back from the kernel. So a container that took
+something away before us satisfies the step too. If the parent is not root, groups and bounding set cannot be
+changed and are not wanted: there is nothing of root's to give up, and a process that can open and execute
+nothing has no use for either.
 
-Why a user to each worker: the kernel counts pipes (64 MB, fs.pipe-user-pages-soft) and epoll watches by
-user, so as one user all workers would share one account, and a client that fills one worker's pipes would
-slow down the others (120 bulk streams over two workers: 0.26 s of processor per GB with pipes of 1 MiB, and
-0.44 s as one user, where past the limit the rest was copied). Nor can one such user signal another. The
-number is the worker's pid past OWN_USERS, where no distribution assigns any; in a user namespace that has
-no such number (rootless containers have 65536 of them) it is NOBODY.
+Why each worker has a user of its own: the kernel counts pipes (64 MB, fs.pipe-user-pages-soft) and epoll
+watches by user. As one user all workers would share one account, and a client that fills one worker's pipes
+would slow down the others. (120 bulk streams over two workers: 0.26 s of processor per GB with pipes of 1
+MiB; 0.44 s as one user, which copies past the limit.) Nor can one such user signal another. The number is the
+worker's pid past OWN_USERS, where no distribution assigns any. A user namespace without such numbers
+(rootless containers have 65536) leaves NOBODY.
 
 Why the filter is written by hand: it is a constant table in this module's read-only pages, shared by all
 workers. libseccomp (with pyseccomp, ctypes) would bring two libraries into the fork server and build the same
-program on the heap, for one listing of names. The table needs no jump counted by hand: the macros do.
+program on the heap, for one listing of names. The macros count the jumps.
 
 Sources: seccomp(2), Documentation/userspace-api/seccomp_filter.rst, capabilities(7), prctl(2),
 credentials(7).
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from ambassador._counters cimport COUNTER_SANDBOX, counters_map, counters_unmap
 from ambassador._linux cimport errno
@@ -59,13 +59,13 @@ cdef extern from *:
 
        A call that is on no list is refused (EPERM) rather than fatal: a C library that tries something
        new falls back, and -1, which is what a debugger's fault injection makes of a number, is harmless.
-       Fatal is what no relay ever does and only somebody else's code would: see FATAL.
+       Fatal is a call that no relay makes and only foreign code would: see FATAL.
 
        The numbers of x32 are those of x86-64 with bit 30 set. They equal nothing below, so they are
        refused. Calls of another architecture (int 0x80) carry its AUDIT_ARCH and are fatal.
 
        Arguments are compared in their lower halves, which is all that the kernel reads of these (int and
-       unsigned int), or where the bit that matters is (prot). */
+       unsigned int), or the half with the bit that matters (prot). */
 
     #if defined(__x86_64__) && !defined(__ILP32__)
     #define OUR_ARCH AUDIT_ARCH_X86_64
@@ -112,7 +112,7 @@ cdef extern from *:
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, OUR_ARCH, 1, 0), DEATH,
         FIELD(nr),
 
-        /* What moves bytes. Kernels since 5.11 remember calls that need no look at their arguments
+        /* Calls that move bytes. Kernels since 5.11 remember calls that are allowed with any arguments
            and do not run the filter for them; for older ones these come first. */
         ALLOW(recvfrom), ALLOW(sendto), ALLOW(splice), ALLOW(recvmmsg), ALLOW(sendmmsg),
     #ifdef __NR_epoll_wait
@@ -149,9 +149,9 @@ cdef extern from *:
         CALL(fcntl,
              ARGUMENT(1), ANY_OF_2(F_SETPIPE_SZ, F_GETPIPE_SZ), REFUSED),
 
-        /* What the Python shell around them needs: its pipe and standard error, memory, time, its end. */
+        /* For the Python around the loops: its pipe and standard error, memory, time, exit. */
         ALLOW(read), ALLOW(write), ALLOW(munmap), ALLOW(brk), ALLOW(madvise), ALLOW(mremap),
-        CALL(mmap,  /* memory is never executable: what is injected cannot run */
+        CALL(mmap,  /* memory is never executable: injected code cannot run */
              ARGUMENT(2), KEEP(PROT_EXEC), WHEN(0, ALLOWED), REFUSED),
         CALL(mprotect,
              ARGUMENT(2), KEEP(PROT_EXEC), WHEN(0, ALLOWED), REFUSED),
@@ -164,7 +164,7 @@ cdef extern from *:
         ALLOW(rt_sigreturn), ALLOW(restart_syscall), ALLOW(rt_sigaction), ALLOW(rt_sigprocmask),
         ALLOW(exit), ALLOW(exit_group),
 
-        /* Nobody but an intruder: other programs, other processes, the kernel's larger doors. */
+        /* Only an intruder's: other programs, other processes, the kernel's larger doors. */
         FATAL(execve), FATAL(execveat), FATAL(clone),
     #ifdef __NR_fork
         FATAL(fork), FATAL(vfork),
@@ -197,7 +197,7 @@ cdef extern from *:
     }
     #else
     static int ambassador_filter_install(void) {
-        return -1;  /* an architecture whose table nobody has tried */
+        return -1;  /* nobody has tried the table on this architecture */
     }
     #endif
 
@@ -250,7 +250,7 @@ cdef enum:  # the steps, as bits of the word in the counters page
     SECCOMP = 64
     ALL_STEPS = 127
 
-cdef enum:  # where in that word they are
+cdef enum:  # the word: steps that hold, from MISSING_SHIFT on those that are missing
     MISSING_SHIFT = 8
     ENTERED = 1 << 16  # the word is not 0, whatever holds
 
@@ -259,13 +259,13 @@ MISSING = MISSING_SHIFT
 
 
 cdef bint may_change_user() noexcept nogil:
-    """Not without CAP_KILL: a parent that is root without it could never end a worker of another user."""
+    """Whether it has CAP_KILL: a parent that is root without it could not kill a worker of another user."""
     cdef capability_set sets[2]
     return capabilities_get(sets) == 0 and sets[0].effective >> CAP_KILL & 1
 
 
 cdef uint64_t steps_that_hold() noexcept nogil:
-    """The steps that hold, read back from the kernel; the filter's cannot be."""
+    """Return the steps that hold, read back from the kernel. The filter cannot be read back."""
     cdef uint64_t held = 0
     cdef capability_set sets[2]
     cdef uid_t real = 0, effective = 0, saved = 0
@@ -287,7 +287,7 @@ cdef uint64_t steps_that_hold() noexcept nogil:
 
 
 cdef uint64_t drop_privileges() noexcept nogil:
-    """Take every step. The word that says which hold, and which of those that are wanted do not."""
+    """Take every step. Return the word: which hold, and which wanted ones are missing."""
     cdef uint64_t wanted = ALL_STEPS, held
     cdef uid_t user
     cdef int capability
@@ -305,7 +305,7 @@ cdef uint64_t drop_privileges() noexcept nogil:
                 setresuid(NOBODY, NOBODY, NOBODY)
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capabilities_drop()
-    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # after the change of user, which sets it anew
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # after the change of user, which sets it again
     held = steps_that_hold()
     if filter_install() == 0:
         held |= SECCOMP
@@ -313,10 +313,10 @@ cdef uint64_t drop_privileges() noexcept nogil:
 
 
 def enter(int counters):
-    """Give up all of it, and write into this worker's counters page (a memfd) what holds.
+    """Drop every privilege, and write into this worker's counters page (a memfd) which steps hold.
 
-    Returns the steps that are wanting, as bits. There is no way back: the caller has no other thread, and has
-    opened all that it will ever open. Raises OSError where the page cannot be mapped.
+    Return the steps that are missing, as bits. There is no way back: the caller has no other thread, and has
+    opened all that it will ever open. Raises OSError if the page cannot be mapped.
     """
     cdef uint64_t word
     cdef uint64_t *page = counters_map(counters, True)

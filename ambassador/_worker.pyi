@@ -12,10 +12,10 @@ FIRST_COUNTER: Final[int]
 EXIT_DRAINED: Final[int]
 EXIT_PARENT_GONE: Final[int]
 EXIT_BAD_CONTROL: Final[int]
-"""What it was told makes no sense (EX_DATAERR of sysexits.h)."""
+"""A record makes no sense (EX_DATAERR of sysexits.h)."""
 EXIT_BROKEN: Final[int]
-"""The loop could not be set up or failed (EX_SOFTWARE)."""
+"""The loop could not be made, or failed (EX_SOFTWARE)."""
 EXIT_NO_SANDBOX: Final[int]
-"""The sandbox is required and something of it cannot be had (EX_NOPERM)."""
+"""The sandbox is required and a step of it is missing (EX_NOPERM)."""
 
 def main(listener: int, control: int, counters: int, *siblings: int) -> int: ...

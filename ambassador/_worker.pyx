@@ -1,19 +1,20 @@
-"""A worker's life: the entry point of the child. The parent's side is supervise/worker.py. Compiled for memory.
+"""A worker's life: the entry point of the child. supervise/worker.py is the parent's side. Compiled for
+memory.
 
-Whatever Python touches here is a page that the worker no longer shares with the fork server: reference counts,
-the caches in a function's bytecode, the pools of small objects. The same steps as Python cost each idle
+Each page that Python touches is one that the worker no longer shares with the fork server: reference counts,
+the caches in a function's bytecode, the pools of small objects. The same steps in Python cost each idle
 worker 0.15 MB more (CPython 3.11).
 
 Invariants:
 
-- The child has standard error, no thread, and the descriptors that it was passed: listener, control pipe, its
-  own counters page, and its siblings' pages to read. Everything it knows came over the control pipe: Start
+- The child has standard error, one thread, and the descriptors that it was passed: listener, control pipe,
+  its own counters page, and its siblings' pages to read. All it knows comes over the control pipe: Start
   first, then Updates, then Drain.
-- It enters its sandbox when it has its Start and before its loop exists, so before any traffic. It serves
-  nobody before its first Update.
-- It leaves the compiled loop only for control. End of file on the control pipe means that the parent is
-  gone: it exits at once, and every connection it had ends in a reset.
-- Of two Updates the one with the higher generation wins, whichever comes last.
+- It enters its sandbox after its Start and before its loop exists, so before any traffic. It serves no client
+  before its first Update.
+- It leaves the loop only for control. End of file on the control pipe means that the parent is gone: it exits
+  at once, and every connection it has ends in a reset.
+- Of two Updates the one with the higher generation wins, in whatever order they come.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -50,7 +51,7 @@ from ambassador.system.titles import show_title
 cdef enum:
     READ_BYTES = 65536  # as much as a pipe holds
 
-# What the parent must know of the counters page: its size, and the words that every loop has.
+# For the parent: the size of the counters page, and the words that every loop has.
 COUNTERS_BYTES = PAGE_BYTES
 GENERATION_WORD = COUNTER_GENERATION
 BACKENDS_WORD = COUNTER_BACKENDS
@@ -60,22 +61,22 @@ FIRST_COUNTER = COUNTER_OWN  # from here on the loop's own, in the order of coun
 
 EXIT_DRAINED = 0
 EXIT_PARENT_GONE = 0
-EXIT_BAD_CONTROL = 65  # what it was told makes no sense (EX_DATAERR of sysexits.h)
+EXIT_BAD_CONTROL = 65  # a record that makes no sense (EX_DATAERR of sysexits.h)
 EXIT_BROKEN = 70  # the loop could not be set up or failed (EX_SOFTWARE)
 EXIT_NO_SANDBOX = 77  # the sandbox is required and a step of it is missing (EX_NOPERM)
 
-cdef char inbox[READ_BYTES]  # only the pages that are read into are memory
+cdef char read_buffer[READ_BYTES]  # only the pages that were read into take memory
 
 
 def main(int listener, int control, int counters, *siblings):
-    """Serve one listener until told to drain or the parent is gone; the exit code.
+    """Serve one listener until it has drained or the parent is gone. Return the exit code.
 
-    Owns the descriptors. `siblings` are the counters of the listener's other workers, to read. Raises OSError
-    and MemoryError if the loop cannot be had or fails.
+    Owns the descriptors. `siblings` are the counters pages of the listener's other workers, to read. Raises
+    OSError and MemoryError if the loop cannot be made or fails.
     """
     try:
         return serve(listener, control, counters, siblings)
-    except (ValueError, OverflowError):  # no control record, or an impossible one
+    except (ValueError, OverflowError):  # not a control record, or one that cannot be obeyed
         return EXIT_BAD_CONTROL
 
 
@@ -83,7 +84,7 @@ cdef object serve(int listener, int control, int counters, tuple siblings):
     cdef bytearray stream = bytearray()
     cdef object loop = None
     cdef int64_t generation = -1  # of the update in force
-    cdef bint runs = False  # before the first update the pipe blocks, and nobody is served
+    cdef bint runs = False  # before the first update the pipe blocks, and no client is served
     cdef uint32_t deadline_ms
     cdef start_t start
     cdef int kind
@@ -112,7 +113,7 @@ cdef object serve(int listener, int control, int counters, tuple siblings):
             runs = True
             loop.drain(deadline_ms)
             if start.protocol == PROTOCOL_TCP:
-                close(listener)  # the last copy: from now on the port refuses
+                close(listener)  # the last copy: the port refuses from now on
         elif number > generation:
             if not runs:
                 fcntl(control, F_SETFL, O_NONBLOCK)
@@ -122,7 +123,7 @@ cdef object serve(int listener, int control, int counters, tuple siblings):
 
 
 cdef object make_loop(start_t *start, int listener, int control, int counters, tuple siblings):
-    """The loop that a Start asks for. Closes the counters' descriptors: the loop has mapped them."""
+    """Make the loop that a Start asks for. Close the counters' descriptors: the loop has mapped them."""
     if start.protocol == PROTOCOL_TCP:
         loop = _splice.TcpLoop(listener, control, counters, siblings)
     else:
@@ -141,11 +142,11 @@ cdef object title_of_update(bytes payload):
 
 
 cdef bint receive(int control, bytearray stream) except -1:
-    """Add to `stream` what the control pipe has. False at its end. Raises OSError."""
-    cdef ssize_t got = read(control, inbox, READ_BYTES)
+    """Append what the control pipe has to `stream`. False at end of file. Raises OSError."""
+    cdef ssize_t got = read(control, read_buffer, READ_BYTES)
     while got < 0 and errno == EINTR:
-        got = read(control, inbox, READ_BYTES)
+        got = read(control, read_buffer, READ_BYTES)
     if got < 0:
         raise OSError(errno, "read of the control pipe")
-    stream += inbox[:got]
+    stream += read_buffer[:got]
     return got > 0

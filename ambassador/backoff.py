@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 class Backoff:
-    """Delays that double from `first` to `cap`, each shortened by a random part of up to a half.
+    """Delays in seconds that double from `first` to `cap`, each shortened by a random part of up to a half.
 
-    The randomness keeps many ambassadors from asking a restarted daemon in step.
+    The random part keeps many ambassadors from asking a restarted daemon in step.
     """
 
     def __init__(
@@ -25,9 +25,11 @@ class Backoff:
         self._delay = first
 
     def next(self, cap: float | None = None) -> float:
+        """The next delay; `cap` bounds this one only."""
         delay = min(self._delay, self._cap if cap is None else min(cap, self._cap))
         self._delay = min(self._delay * 2, self._cap)
         return delay * (1 - self._fraction() / 2)
 
     def reset(self) -> None:
+        """Start at `first` again."""
         self._delay = self._first

@@ -1,7 +1,7 @@
 """Control records: what the parent tells a worker over its control pipe. Packing only, no I/O.
 
-A worker reads them in compiled code (_control.pyx, _record.pxd). A record is a 16-byte header and a payload, all
-little-endian:
+A worker reads them in compiled code (_control.pyx, _record.pxd). A record is a 16-byte header and a payload,
+all little-endian:
 
     offset  size  field
     0       1     version      VERSION; a worker rejects any other

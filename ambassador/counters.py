@@ -1,7 +1,7 @@
 """The counter table: what a worker counts in its page, declared once.
 
-`_counters.pxd` has the same names in the same order, as words of the page (a test compares). The log lines of
-losses, the totals over worker deaths and later the metrics are made from these rows.
+`_tcp.pxd` and `_udp.pxd` have the same names in the same order, as words of the page (a test compares).
+The log lines of losses, the totals over worker deaths and later the metrics are made from these rows.
 """
 
 from __future__ import annotations

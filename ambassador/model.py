@@ -133,12 +133,12 @@ class TargetState:
     """
 
     target: str
-    origin: str = "-name"
     ports: Mapping[ListenAddress, int] = field(default_factory=lambda: MappingProxyType({}))
     replicas: tuple[Replica, ...] = ()
     options: ListenerOptions | None = None  # None: those of the command line
     access: tuple[AccessRule, ...] = ()
     problem: str = ""
+    origin: str = "-name"  # who asked for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 Invariants:
 
-- A listen address has one target. If two want the same one, the target named first on the command line has it,
-  whatever came up first; one line names both. A wildcard and a specific address on one port are the same clash.
+- A listen address has one target. If two want the same one, the target named first on the command line
+  has it, whatever came up first; one line names both. A wildcard and a specific address on one port are the
+  same clash.
 - A target that is away keeps its listeners, with no backend: hold.
 - `plan` of a state and itself is empty, and carrying out a plan makes the two equal.
 """
@@ -126,12 +127,13 @@ def plan(
         spec, old = desired[listen], running.get(listen)
         if old is None:
             actions.append(Open(spec))
-        elif _needs_new_workers(spec.options, old.options):
+        elif needs_new_workers(spec.options, old.options):
             actions.append(Replace(spec))
         elif spec != old:
             actions.append(Update(spec))
     return actions
 
 
-def _needs_new_workers(new: ListenerOptions, old: ListenerOptions) -> bool:
+def needs_new_workers(new: ListenerOptions, old: ListenerOptions) -> bool:
+    """Whether an option differs that a running worker cannot change."""
     return any(getattr(new, name) != getattr(old, name) for name in _REPLACING)

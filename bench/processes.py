@@ -1,13 +1,20 @@
-"""Programs that the benchmark starts: known by their own process IDs, and ended by them."""
+"""Programs that the benchmark starts, and what a process tree uses: processor time and memory.
+
+Processor time is user and system time, with that of children that exited and were waited for. The kernel
+counts ticks of 10 ms. Its work outside the relay's processes (soft interrupts) is only in `busy_seconds`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from bench import measure
+import psutil
 
 STOP_S = 3.0
 
@@ -16,65 +23,93 @@ class Failed(Exception):
     """A program did not start, or gave no result."""
 
 
-class NotMeant(Failed):
-    """The row means nothing for this peer; the text says why."""
+class Memory(NamedTuple):
+    """Bytes: private (USS), and with the share of shared pages (PSS)."""
+
+    uss: int
+    pss: int
 
 
 class Program:
-    """One program in the background, its output in a file."""
+    """One program in the background, with its output in the file `log`. The owner calls `stop`."""
 
-    def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
-        self.command = command
-        self.log = log
-        self._handle = log.open("ab")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._handle,
-            stderr=self._handle,
-            env=environment,
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.command, self.log = command, log
+        with log.open("ab") as output:
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                )  # fmt: skip
+            except OSError as error:
+                raise Failed(str(error)) from error
+        self.pid = self._process.pid
 
     def wait_for(self, ready: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Raise Failed with the last line of its log if it exits, or if it is not ready in time."""
         deadline = time.monotonic() + seconds
         while not ready():
-            if not self.alive or time.monotonic() > deadline:
-                state = (
-                    "did not get ready" if self.alive else f"ended with {self._process.returncode}"
-                )
-                raise Failed(f"{Path(self.command[0]).name} {state}: {self.last_words()}")
+            status = self._process.poll()
+            if status is not None or time.monotonic() > deadline:
+                state = "did not get ready" if status is None else f"exited with {status}"
+                last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+                raise Failed(f"{Path(self.command[0]).name} {state}: {last[:200]}")
             time.sleep(0.002)
 
-    def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "(no output)"
-
     def stop(self) -> None:
-        """It and whatever it started."""
-        below = [pid for pid in measure.tree([self.pid]) if pid != self.pid]
+        """Stop it, and kill its children that it leaves behind."""
+        children = tree([self.pid])[1:]
         self._process.terminate()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._handle.close()
-        for pid in below:
-            _end(pid)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
-def _end(pid: int) -> None:
-    """One that outlived its parent."""
-    if Path(f"/proc/{pid}").exists():
-        subprocess.run(["kill", "-KILL", str(pid)], check=False, stderr=subprocess.DEVNULL)
+def tree(roots: Iterable[int]) -> list[psutil.Process]:
+    """These processes and their descendants that run now."""
+    found: list[psutil.Process] = []
+    for pid in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """Processor time of the whole tree so far."""
+    total = 0.0
+    for process in tree(roots):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user and system, its own and its children's
+    return total
+
+
+def busy_seconds() -> float:
+    """Time that the cores we may use have worked so far, for anybody."""
+    cores = psutil.cpu_times(percpu=True)
+    used = [cores[number] for number in os.sched_getaffinity(0)]
+    return sum(one.user + one.nice + one.system + one.irq + one.softirq for one in used)
+
+
+def memory_of(pid: int) -> Memory:
+    """Of one process; zero if it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        used = psutil.Process(pid).memory_full_info()
+        return Memory(used.uss, used.pss)
+    return Memory(0, 0)
+
+
+def bound(pid: int, protocol: str) -> set[int]:
+    """The ports that anything listens on, in the network namespace of `pid`."""
+    ports = set()
+    for name in (protocol, f"{protocol}6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+                words = line.split(maxsplit=4)
+                if protocol == "udp" or words[3] == "0A":
+                    ports.add(int(words[1].rpartition(":")[2], 16))
+    return ports

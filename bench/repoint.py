@@ -1,4 +1,4 @@
-"""The ambassador with a route that changes: `python -m bench.repoint PORT BACKEND BACKEND`.
+"""The ambassador with a backend that changes: `python -m bench.repoint PORT BACKEND BACKEND`.
 
 Its own supervisor, as behind Docker, but with a desired state that each SIGUSR1 turns from one backend to
 the other. What Docker's event and the inspection of a container cost is not in it.
@@ -10,26 +10,27 @@ import signal
 import sys
 from itertools import cycle
 
-from ambassador.supervise.forkserver import Nursery
+from ambassador.supervise.forkserver import ForkServer
 
 
 def main(arguments: list[str]) -> int:
-    nursery = Nursery.fork()  # as the program itself: before anything else is imported
+    fork_server = ForkServer.fork()  # as the program itself: before anything else is imported
     # ruff: disable[PLC0415]
-    from ambassador.model import Backend, DesiredState, Listener, Route
+    from ambassador.model import Backend, DesiredState, ListenAddress, ListenerSpec
+    from ambassador.options import Sandbox
+    from ambassador.supervise.supervisor import Supervisor
     from ambassador.values import Protocol
-    from ambassador.supervise.supervisor import Limits, Supervisor
     # ruff: enable[PLC0415]
 
-    listener = Listener(int(arguments[0]), Protocol.TCP)
+    listen = ListenAddress(Protocol.TCP, int(arguments[0]))
     states = []
     for text in arguments[1:]:
         host, _, port = text.rpartition(":")
-        route = Route(listener, "bench", (Backend(host, int(port)),))
-        states.append(DesiredState({listener: route}))
+        spec = ListenerSpec(listen, "bench", backends=(Backend(host, int(port)),))
+        states.append(DesiredState({listen: spec}))
     turns = cycle(states)
     state = next(turns)
-    supervisor = Supervisor(nursery, lambda: state, Limits())
+    supervisor = Supervisor(fork_server, lambda: state, sandbox=Sandbox.AUTO)
 
     def turn(*_: object) -> None:
         nonlocal state

@@ -1,21 +1,169 @@
-"""The rows of the table: what runs, how long, and what is read off it."""
+"""The rows of the table: the servers behind the relay, the loads through it, and what is read off them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import csv
+import io
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from bench import loads
-from bench.loads import Aim, Result, Service
-from bench.peers import Peer, Relay
+from bench.peers import BASE, OURS, Peer, Relay, Route
 from bench.places import Place
-from bench.processes import Program
+from bench.processes import Failed, Program, bound, busy_seconds, cpu_seconds, memory_of, tree
 
-START_S = 2.0  # of a row: its service, and all its relays
-OVERHEAD_S = 0.3  # of a sample: starting the load tool, reading /proc, a pause
-WARM_UP = 0.4  # length of the round that is thrown away
+FIRST_PORT = 17_200
+LIMIT_S = 30.0  # of a load, on top of the time that it is asked to take
+REPOINT_S = 2.0
+REPOINT_EVERY_S = 0.2
+REPOINT_SHARE = 0.1  # of the work that each of two backends must get, if the route really changes
+SETTLE_S = 1.0  # from the start of a relay to the reading of its memory
+
+Result = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server that the loads talk to; `command` gets its host, its port and a directory for its files."""
+
+    name: str
+    protocol: str
+    port: int
+    command: Callable[[str, str, Path], list[str]]
+
+    def start(self, place: Place, directory: Path) -> Program:
+        """Return it once it listens. The caller stops it."""
+        command = self.command(place.server_address, str(self.port), directory)
+        program = Program([*place.server, *command], directory / f"{self.name}.log")
+        program.wait_for(lambda: self.port in bound(program.pid, self.protocol))
+        return program
+
+
+def _nginx(host: str, port: str, directory: Path) -> list[str]:
+    config, errors = directory / f"http{port}.conf", directory / f"http{port}.errors"
+    config.write_text(
+        "daemon off; worker_processes 1; user root; worker_rlimit_nofile 20000;\n"
+        f"pid {config}.pid; error_log {errors}; events {{ worker_connections 19000; }}\n"
+        f"http {{ access_log off; server {{ listen {host}:{port} backlog=4096;\n"
+        f'  location / {{ return 200 "{"x" * 128}"; }} }} }}\n'
+    )
+    return ["/usr/sbin/nginx", "-p", str(directory), "-e", str(errors), "-c", str(config)]
+
+
+def _redis(host: str, port: str, _: Path) -> list[str]:
+    command = ["redis-server", "--bind", host, "--port", port, "--protected-mode", "no"]
+    return [*command, "--save", "", "--tcp-backlog", "4096"]
+
+
+def _iperf(host: str, port: str, _: Path) -> list[str]:
+    return ["iperf3", "-s", "-B", host, "-p", port]
+
+
+def _sockperf(host: str, port: str, _: Path) -> list[str]:
+    return ["sockperf", "server", "--tcp", "-i", host, "-p", port]
+
+
+def _udp_echo(host: str, port: str, _: Path) -> list[str]:
+    return [sys.executable, "-m", "bench.agent", "echo", host, port]
+
+
+REDIS = Service("redis", "tcp", 17001, _redis)
+IPERF = Service("iperf", "tcp", 17002, _iperf)
+HTTP = Service("http", "tcp", 17003, _nginx)
+HTTP_2 = Service("http-2", "tcp", 17004, _nginx)
+SOCKPERF = Service("sockperf", "tcp", 17005, _sockperf)
+UDP_ECHO = Service("udp-echo", "udp", 17006, _udp_echo)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where a load goes: to the relay, or to the server itself if there is no relay."""
+
+    place: Place
+    host: str
+    port: str
+
+    def run(self, seconds: float, *command: str) -> str:
+        """Run a load tool at the client's host and return its output."""
+        try:
+            done = subprocess.run(
+                [*self.place.client, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                check=False, timeout=seconds + LIMIT_S,
+            )  # fmt: skip
+        except (subprocess.TimeoutExpired, OSError) as error:
+            raise Failed(str(error)) from error
+        if done.returncode:
+            words = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+            raise Failed(f"{command[0]}: {words[:160] or done.returncode}")
+        return done.stdout
+
+
+def bulk(aim: Aim, seconds: float) -> Result:
+    """iperf3: units are bytes."""
+    output = aim.run(
+        seconds, "iperf3", "-J", "-c", aim.host, "-p", aim.port, "-t", f"{seconds:.0f}"
+    )
+    received = json.loads(output)["end"]["sum_received"]
+    return {"units": received["bytes"], "gbits": received["bits_per_second"] / 1e9}
+
+
+def redis_get(aim: Aim, seconds: float) -> Result:
+    """redis-benchmark: a fixed number of GETs over 50 connections, about `seconds` long."""
+    requests = int(30_000 * seconds)
+    output = aim.run(
+        seconds, "redis-benchmark", "-h", aim.host, "-p", aim.port, "-t", "get", "-c", "50",
+        "-n", str(requests), "--csv",
+    )  # fmt: skip
+    row = next(csv.DictReader(io.StringIO(output[output.index('"test"') :])))
+    latencies = {key: 1e3 * float(row[f"{key}_latency_ms"]) for key in ("p50", "p99")}
+    return {"units": requests, "rate": float(row["rps"]) / 1e3, **latencies}
+
+
+def ping(aim: Aim, seconds: float) -> Result:
+    """sockperf: round trips of 64 bytes over one TCP connection."""
+    output = aim.run(
+        seconds, "sockperf", "ping-pong", "--tcp", "--full-rtt", "-i", aim.host, "-p", aim.port,
+        "-t", f"{seconds:.0f}", "-m", "64",
+    )  # fmt: skip
+    took = dict(re.findall(r"percentile ([\d.]+) = +([\d.]+)", output))
+    received = re.search(r"Total Run\].*ReceivedMessages=(\d+)", output)
+    if received is None or "50.000" not in took:
+        raise Failed("sockperf: no result")
+    return {"units": int(received[1]), "p50": float(took["50.000"]), "p99": float(took["99.000"])}
+
+
+def http_close(aim: Aim, seconds: float, *, clients: int = 50) -> Result:
+    """wrk: a new connection for each request. `refused` were not made, `cut` closed before their answer."""
+    output = aim.run(
+        seconds, "wrk", "-t", "1", "-c", str(clients), "-d", f"{seconds:.0f}s",
+        "-H", "Connection: close", f"http://{aim.host}:{aim.port}/",
+    )  # fmt: skip
+    requests = re.search(r"(\d+) requests in ([\d.]+)s", output)
+    if requests is None:
+        raise Failed("wrk: no result")
+    errors = dict(re.findall(r"(connect|read|write|timeout|responses:) (\d+)", output))
+    refused, cut = int(errors.pop("connect", 0)), int(errors.pop("read", 0))
+    count, total = int(requests[1]), refused + cut + sum(map(int, errors.values()))
+    rate = count / float(requests[2]) / 1e3
+    return {"units": count, "rate": rate, "errors": total, "refused": refused, "cut": cut}
+
+
+def udp_loop(aim: Aim, seconds: float, *, sockets: int, depth: int, size: int) -> Result:
+    """Closed loop over UDP (_load.pyx): units are echoes that came back intact."""
+    numbers = (str(number) for number in (sockets, depth, size, seconds))
+    agent = (sys.executable, "-m", "bench.agent", "exchange", aim.host, aim.port)
+    result: Result = json.loads(aim.run(seconds, *agent, *numbers))
+    delivered = result["delivered"]
+    return result | {"units": delivered, "rate": delivered / result["seconds"] / 1e3}
 
 
 @dataclass(frozen=True)
@@ -24,252 +172,176 @@ class Metric:
 
     key: str
     unit: str
-    more: bool
+    more: bool = False
     digits: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to take, of about `seconds`. `relay` runs already, but for special rows and where
-    there is none; so do `services`.
-    """
+    """One sample to take. If the row is a load, `relay` runs already."""
 
     row: Row
     peer: Peer
     place: Place
-    relay: Relay | None
     directory: Path
     seconds: float
     services: Sequence[Program] = ()
+    relay: Relay | None = None
+
+    def start(self, ports: Sequence[int], services: Sequence[Service]) -> Relay:
+        """Return the peer once it listens, with a route for each pair. The caller stops it."""
+        pairs, host = zip(ports, services, strict=True), self.place.server_address
+        routes = [Route(service.protocol, port, host, service.port) for port, service in pairs]
+        return Relay(self.peer, self.place, routes, self.directory / self.peer.name)
+
+    def aim(self) -> Aim:
+        if self.relay and self.relay.programs:
+            return Aim(self.place, self.place.relay_address, str(self.relay.routes[0].port))
+        return Aim(self.place, self.place.server_address, str(self.row.services[0].port))
 
 
 @dataclass(frozen=True)
 class Row:
-    """`load` for about `seconds` against `service`, through each peer in turn.
+    """What runs, and what is read off it: a `load` through every peer in turn, or samples by `special`.
 
-    CPU is reported per `per` units of work, the relay's own and the whole machine's. `rounds` overrides the
-    command's number, `discard` the first round's fate. A row of another kind than a load (memory, start-up)
-    names its `special`; its `seconds` are then what a sample takes, not what it is asked to take.
+    `aims` are what the ambassador aims at, by metric, as multiples of the best peer's figure. CPU is
+    counted for `per` units of work. `peers`, if not empty, are the only ones.
     """
 
     name: str
     title: str
-    service: Service
+    services: tuple[Service, ...]
     metrics: tuple[Metric, ...]
     load: Callable[[Aim, float], Result] | None = None
-    seconds: float = 1.0
+    special: Callable[[Job], Result] | None = None
+    aims: Mapping[str, float] = field(default_factory=dict)
     per: float = 1e6
-    cpu_unit: str = "CPU s/M"
     place: str = "loopback"
-    rounds: int | None = None
-    discard: bool = True
-    slow: bool = False  # left out by --quick
-    special: str = ""
-    alone: bool = (
-        False  # each peer runs only for its own samples: ports would not do for all at once
-    )
-    second: Service | None = None  # another one beside `service`
-    only: tuple[str, ...] = ()  # these peers alone
-    bar: str = "cpu"  # the figure in the picture
+    peers: tuple[str, ...] = ()
 
     def takes(self, peer: Peer) -> bool:
         """Whether the row has this peer."""
-        if self.service.protocol not in peer.protocols or (
-            peer.rows and self.name not in peer.rows
-        ):
+        if self.services[0].protocol not in peer.protocols:
             return False
-        if self.place == "veth" and peer.name not in _VETH:
+        if self.special is repoint and not (peer.reload or peer.name == BASE):
             return False
-        return not self.only or peer.name in self.only
+        return self.name in (peer.rows or {self.name}) and peer.name in (self.peers or {peer.name})
 
-    def sample_seconds(self, scale: float, *, discard: bool = False) -> float:
-        """How long a sample is asked to be."""
-        if self.special:
-            return self.seconds
-        whole = self.service in (loads.IPERF, loads.HTTP, loads.SOCKPERF)
-        least = 1.0 if whole else 0.3  # these count whole seconds
-        return max(least, self.seconds * scale * (WARM_UP if discard else 1))
-
-    def estimate(self, peers: Sequence[Peer], rounds: int, scale: float) -> float:
-        """Seconds that the row takes, about."""
-        each = (self.rounds or rounds) * (self.sample_seconds(scale) + OVERHEAD_S)
-        if self.discard:
-            each += self.sample_seconds(scale, discard=True) + OVERHEAD_S
-        taken = [peer for peer in peers if self.takes(peer)]
-        if self.special == "repoint":  # the others are n/a at once
-            taken = [peer for peer in taken if peer.changing or peer.name == "direct"]
-        return START_S + each * len(taken)
-
-    @property
-    def all_metrics(self) -> tuple[Metric, ...]:
-        if self.load is None:
-            return self.metrics
-        return (
-            *self.metrics,
-            Metric("cpu", self.cpu_unit, more=False, digits=2),
-            Metric("machine", f"machine {self.cpu_unit}", more=False, digits=2),
-        )
+    def sample(self, job: Job) -> Result:
+        return self.special(job) if self.special else _measured(job, self.load)
 
 
-_GBITS = Metric("gbits", "Gbit/s", more=True)
+def _measured(job: Job, load: Callable[[Aim, float], Result] | None) -> Result:
+    """One load, with the processor time of the relay and of the machine for a unit of its work."""
+    assert load
+    pids = job.relay.pids if job.relay else []
+    used, busy = cpu_seconds(pids), busy_seconds()
+    result = load(job.aim(), job.seconds)
+    used, busy = cpu_seconds(pids) - used, busy_seconds() - busy
+    if result["units"]:
+        result["machine"] = busy / result["units"] * job.row.per
+        if pids:
+            result["cpu"] = used / result["units"] * job.row.per
+    return result
+
+
+def repoint(job: Job) -> Result:
+    """Short connections while the route changes between two backends. Without a relay nothing changes."""
+    done = threading.Event()
+
+    def change() -> None:
+        turns = itertools.cycle(reversed(relay.routes))
+        while not done.wait(REPOINT_EVERY_S):
+            relay.repoint(next(turns))
+
+    load = partial(http_close, clients=1)
+    if job.peer.name == BASE:
+        return _measured(job, load)
+    relay = job.start([FIRST_PORT] * 2, job.row.services)
+    thread = threading.Thread(target=change)
+    works = [cpu_seconds([service.pid]) for service in job.services]
+    try:
+        thread.start()
+        result = _measured(replace(job, relay=relay, seconds=max(REPOINT_S, job.seconds)), load)
+    finally:
+        done.set()
+        thread.join()
+        relay.stop()
+    first, second = (
+        cpu_seconds([service.pid]) - work for service, work in zip(job.services, works, strict=True)
+    )
+    share = second / ((first + second) or 1)
+    if not REPOINT_SHARE < share < 1 - REPOINT_SHARE:
+        raise Failed(f"the route does not follow: {100 * share:.0f} % to the second backend")
+    return result
+
+
+def memory(job: Job, *, ports: int) -> Result:
+    """What an idle relay of so many ports holds. The middle process is a worker of the ambassador's."""
+    relay = job.start(range(FIRST_PORT, FIRST_PORT + ports), job.row.services * ports)
+    try:
+        time.sleep(SETTLE_S)
+        used = [memory_of(process.pid) for process in tree(relay.pids)]
+    finally:
+        relay.stop()
+    middle = statistics.median_high(one.uss for one in used)
+    return {
+        "processes": len(used), "first": used[0].uss / 1e3, "middle": middle / 1e3,
+        "uss": sum(one.uss for one in used) / 1e6, "pss": sum(one.pss for one in used) / 1e6,
+    }  # fmt: skip
+
+
 _RATE = Metric("rate", "k/s", more=True)
-_P50 = Metric("p50", "p50 us", more=False)
-_P99 = Metric("p99", "p99 us", more=False)
-_P999 = Metric("p999", "p99.9 us", more=False)
-_ERRORS = Metric("errors", "errors", more=False, digits=0)
-_LOST = Metric("lost", "lost", more=False, digits=0)
+_P50, _P99 = Metric("p50", "p50 us"), Metric("p99", "p99 us")
+_LOST = Metric("lost", "lost", digits=0)
+_CPU = Metric("cpu", "CPU s/M", digits=2), Metric("machine", "machine CPU s/M", digits=2)
+_CPU_GB = Metric("cpu", "CPU s/GB", digits=2), Metric("machine", "machine CPU s/GB", digits=2)
 
-
-_MANY = (
-    "direct",
-    "ambassador",
-    "other",
-    "haproxy",
-    "nginx",
-    "docker-proxy",
-    "envoy",
-    "socket-proxyd",
-    "traefik",
-)
-_VETH = (
-    "direct",
-    "ambassador",
-    "other",
-    "haproxy",
-    "haproxy-auto",
-    "nginx",
-    "docker-proxy",
-    "envoy",
-)
-_FIRST = ("direct", "ambassador", "other", "haproxy", "haproxy-auto", "nginx")
-FLAT = (10, 9000)
-"""Connections: cost per operation from the first to the last of these should be flat."""
-
-
-def _bulk(
-    name: str, title: str, *, place: str = "loopback", streams: int = 1, reverse: bool = False
-) -> Row:
-    load = partial(loads.bulk, streams=streams, reverse=reverse)
-    return Row(name, title, loads.IPERF, (_GBITS,), load, per=1e9, cpu_unit="CPU s/GB", place=place)
-
-
-def _redis(name: str, title: str, *, pipeline: int, place: str = "loopback") -> Row:
-    load = partial(loads.redis_get, pipeline=pipeline)
-    return Row(name, title, loads.REDIS, (_RATE, _P50, _P99), load, place=place)
-
-
-def _udp(
-    name: str, title: str, *, sockets: int, depth: int, size: int, place: str = "loopback"
-) -> Row:
-    load = partial(loads.udp_loop, sockets=sockets, depth=depth, size=size)
-    return Row(name, title, loads.UDP_ECHO, (_RATE, _LOST), load, place=place)
-
-
-def _pingpong(name: str, title: str, *, size: int, place: str = "loopback") -> Row:
-    load = partial(loads.tcp_loop, connections=1, size=size)
-    return Row(name, title, loads.ECHO, (_P50, _P99, _P999), load, place=place)
-
-
-def _udp_pingpong(name: str, title: str, *, place: str = "loopback") -> Row:
-    load = partial(loads.udp_loop, sockets=1, depth=1, size=64)
-    return Row(name, title, loads.UDP_ECHO, (_P50, _P99, _P999), load, place=place)
-
-
-def _connections(count: int) -> Row:
-    load = partial(loads.tcp_loop, connections=count, size=64)
-    return Row(
-        f"conns{count}",
-        f"TCP, {count:,} busy connections, 64 B",
-        loads.ECHO,
-        (_RATE,),
-        load,
-        slow=True,
-        only=_FIRST if count in FLAT else ("direct", "ambassador"),
+_LOADS = (
+    Row(
+        "ping64", "TCP ping-pong, 64 B", (SOCKPERF,), (_P50, _P99, *_CPU), ping,
+        aims={"p50": 1.02, "p99": 1.02, "cpu": 0.95},
+    ),
+    Row(
+        "redis1", "redis GET, 50 connections", (REDIS,), (_RATE, _P50, _P99, *_CPU), redis_get,
+        aims={"rate": 1.03, "cpu": 0.92},
+    ),
+    Row(
+        "http", "HTTP, Connection: close", (HTTP,), (_RATE, Metric("errors", "errors", digits=0), *_CPU),
+        http_close, aims={"rate": 1.03, "cpu": 0.92},
+    ),
+    Row(
+        "bulk1", "TCP bulk, 1 stream", (IPERF,), (Metric("gbits", "Gbit/s", more=True), *_CPU_GB), bulk,
+        aims={"gbits": 1.0, "cpu": 1.05}, per=1e9,
+    ),
+    Row(
+        "udp64", "UDP echo, 64 B, 50 sockets x 8", (UDP_ECHO,), (_RATE, _LOST, *_CPU),
+        partial(udp_loop, sockets=50, depth=8, size=64), aims={"rate": 1.6, "cpu": 0.4},
+    ),
+    Row(
+        "udp1400", "UDP echo, 1400 B, 4 sockets x 64", (UDP_ECHO,), (_RATE, _LOST, *_CPU),
+        partial(udp_loop, sockets=4, depth=64, size=1400), aims={"rate": 1.6, "cpu": 0.4},
+    ),
+)  # fmt: skip
+_REPOINT = Row(
+    "repoint", "Short connections, the route changed 5 times a second", (HTTP, HTTP_2),
+    (_RATE, Metric("refused", "refused", digits=0), Metric("cut", "cut", digits=0), *_CPU), special=repoint,
+)  # fmt: skip
+_MEMORY = [
+    Row(
+        f"memory{ports}", f"Idle memory, TCP ports: {ports}", (REDIS,),
+        (
+            Metric("processes", "processes", digits=0), Metric("first", "first process, USS kB", digits=0),
+            Metric("middle", "middle process, USS kB", digits=0), Metric("uss", "all, USS MB", digits=2),
+            Metric("pss", "all, PSS MB", digits=2),
+        ),
+        special=partial(memory, ports=ports), aims={"pss": 1.0} if ports > 1 else {},
+        peers=(OURS, "other", "docker-proxy"),
     )
-
-
-ROWS = {
-    row.name: row
-    for row in (
-        _bulk("bulk1", "TCP bulk, 1 stream"),
-        _bulk("bulk8", "TCP bulk, 8 streams", streams=8),
-        _bulk("bulk1r", "TCP bulk, 1 stream, reverse", reverse=True),
-        _pingpong("ping64", "TCP ping-pong, 64 B", size=64),
-        Row(
-            "sockperf", "TCP ping-pong, 64 B, by sockperf", loads.SOCKPERF, (_P50, _P99, _P999),
-            partial(loads.sockperf_ping, size=64), slow=True, only=_MANY,
-        ),
-        _pingpong("ping16k", "TCP ping-pong, 16 kB", size=16_384),
-        _redis("redis1", "redis GET, 50 connections", pipeline=1),
-        _redis("redis16", "redis GET, 50 connections, pipeline 16", pipeline=16),
-        Row("http", "HTTP, Connection: close", loads.HTTP, (_RATE, _ERRORS), loads.http_close),
-        Row(
-            "http60", "HTTP, Connection: close, 60 s", loads.HTTP, (_RATE, _ERRORS), loads.http_close,
-            seconds=60, rounds=1, discard=False, slow=True, only=("ambassador", "nginx"),
-        ),
-        _udp("udp64", "UDP echo, 64 B, 50 sockets x 8", sockets=50, depth=8, size=64),
-        _udp("udp1400", "UDP echo, 1400 B, 4 sockets x 64", sockets=4, depth=64, size=1400),
-        _udp_pingpong("udpping", "UDP ping-pong, 64 B"),
-        Row(
-            "udpbulk", "UDP bulk, GSO sender, 1400 B", loads.UDP_SINK, (_GBITS, _LOST),
-            partial(loads.udp_bulk, size=1400, segments=44),
-        ),
-        Row(
-            "fair", "TCP ping-pong 64 B beside a bulk stream", loads.ECHO, (_P50, _P99, _GBITS),
-            loads.fairness, bar="p99",
-        ),
-        _connections(10),
-        _connections(100),
-        _connections(1000),
-        _connections(9000),
-        Row(
-            "sessions", "UDP echo, 64 B, 10,000 sockets x 1", loads.UDP_ECHO, (_RATE, _LOST),
-            partial(loads.udp_loop, sockets=10_000, depth=1, size=64), alone=True, slow=True,
-        ),
-        Row(
-            "idle", "9,000 idle TCP connections", loads.ECHO,
-            (
-                Metric("opened", "opened", more=True, digits=0),
-                Metric("user", "user B each", more=False, digits=0),
-                Metric("kernel", "kernel B each", more=False, digits=0),
-                Metric("switches", "wake-ups in 2 s", more=False, digits=0),
-            ),
-            special="idle", seconds=8, only=_MANY, rounds=1, discard=False, bar="user",
-        ),
-        Row(
-            "repoint", "Short connections, the route changed 5 times a second", loads.ECHO,
-            (
-                _RATE,
-                Metric("refused", "refused", more=False, digits=0),
-                Metric("cut", "cut", more=False, digits=0),
-                _P99,
-                Metric("longest", "longest us", more=False, digits=0),
-                Metric("cpu", "CPU s/M", more=False, digits=2),
-            ),
-            special="repoint", seconds=2.4, second=loads.ECHO_2,
-        ),
-        *(
-            Row(
-                f"start{ports}", f"Start-up and memory, {ports} TCP port{'s' * (ports > 1)}", loads.ECHO,
-                (
-                    Metric("ready", "ms to first answer", more=False),
-                    Metric("uss", "USS MB", more=False, digits=2),
-                    Metric("pss", "PSS MB", more=False, digits=2),
-                ),
-                special="start", seconds=1 + ports / 50, rounds=1, bar="pss", slow=ports == 10,
-            )
-            for ports in (1, 10, 100)
-        ),
-        _bulk("veth-bulk1", "veth: TCP bulk, 1 stream", place="veth"),
-        _redis("veth-redis1", "veth: redis GET, 50 connections", pipeline=1, place="veth"),
-        Row(
-            "veth-http", "veth: HTTP, Connection: close", loads.HTTP, (_RATE, _ERRORS), loads.http_close,
-            place="veth",
-        ),
-        _pingpong("veth-ping64", "veth: TCP ping-pong, 64 B", size=64, place="veth"),
-        _udp(
-            "veth-udp64", "veth: UDP echo, 64 B, 50 sockets x 8", sockets=50, depth=8, size=64, place="veth",
-        ),
-        _udp_pingpong("veth-udpping", "veth: UDP ping-pong, 64 B", place="veth"),
-    )
-}  # fmt: skip
+    for ports in (1, 100)
+]  # fmt: skip
+_VETH = [
+    replace(row, name=f"veth-{row.name}", title=f"veth: {row.title}", place="veth", aims={})
+    for row in _LOADS
+]
+ROWS = {row.name: row for row in (*_LOADS, _REPOINT, *_MEMORY, *_VETH)}

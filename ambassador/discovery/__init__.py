@@ -1,1 +1,1 @@
-"""What Docker says of the targets, as TargetState values."""
+"""Where the targets are: sources that keep their `TargetState` values current."""

@@ -1,12 +1,12 @@
-"""The Engine's event stream as far as it matters: whom an event makes look again. Pure, no I/O.
+"""Parses the Engine's event stream and tells which containers an event is about. Pure, no I/O.
 
 Invariants:
 
-- An event is a hint. Its content decides who looks again, never what is so; with one exception, on the
-  safe side: a container's death is believed until the look that it causes has an answer (`death`).
-- What cannot be understood concerns everybody: a look too many costs a millisecond, a look too few
+- An event is a hint: it decides which targets are inspected, never their state. The one exception is a death,
+  which counts until the inspect that it requests has an answer (`death`).
+- An event that cannot be read concerns every target. A needless inspect costs a millisecond; a missing one
   leaves a target lost until the next reconcile.
-- Memory is bounded whatever the stream says: a record longer than MAX_RECORD is given up.
+- Memory is bounded: a record longer than MAX_RECORD is dropped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_RECORD = 256 * 1024
-"""Characters. An event carries its container's labels, which are some kilobytes at most."""
+"""Characters. An event has its container's labels, which take some kilobytes at most."""
 
 FILTERS: Mapping[str, list[str]] = {
     "type": ["container", "network"],
-    # Not here: exec_* (every HEALTHCHECK makes three), kill (any signal makes one, and it is not
-    # death), pause (the kernel holds), top, attach, resize. `died` and `remove` are Podman's words.
+    # Left out: exec_* (every HEALTHCHECK makes three), kill (each signal makes one, and few of them end the
+    # container), pause (the kernel still answers), top, attach, resize. `died` and `remove` are Podman's.
     "event": [
         "create", "start", "restart", "die", "died", "stop", "destroy", "remove", "rename",
         "connect", "disconnect", "health_status",
@@ -33,16 +33,16 @@ FILTERS: Mapping[str, list[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom an event is about: the container IDs and names that it mentions."""
+    """The containers that an event is about: the IDs and the names in it."""
 
     ids: frozenset[str]
     names: frozenset[str]
 
 
 class EventParser:
-    """Bytes in, JSON values out, however the bytes are split or merged; None for what is no JSON.
+    """Turns bytes, split anywhere, into JSON values; a record that is not JSON becomes None.
 
-    Bytes that are no UTF-8 become replacement characters: they can only be inside a name.
+    Bytes that are not UTF-8 become replacement characters: they can only be inside a name.
     """
 
     def __init__(self, max_record: int = MAX_RECORD) -> None:
@@ -52,9 +52,10 @@ class EventParser:
         self._max_record = max_record
 
     def feed(self, data: bytes) -> Iterator[Any]:
+        """Yields the values that `data` completes."""
         self._buffer += self._decoder.decode(data)
-        # A record ends with a brace and, from a real Engine, a newline. Without either there is
-        # nothing new to find, and trying at every byte would cost the square of the length.
+        # A record ends with a brace, and a real Engine adds a newline. Data without either completes no
+        # record, and an attempt at every byte would cost the square of the length.
         while (b"}" in data or b"\n" in data) and self._buffer:
             self._buffer = self._buffer.lstrip()
             try:
@@ -75,7 +76,7 @@ class EventParser:
 
 
 def subject(event: Any) -> Subject | None:
-    """Whom `event` is about, or None: it might be about anybody."""
+    """The containers that `event` is about; None if it can be about any."""
     if not isinstance(event, Mapping) or event.get("Type") not in ("container", "network"):
         return None
     actor = event.get("Actor")
@@ -84,10 +85,12 @@ def subject(event: Any) -> Subject | None:
         return None
     actor_id = actor.get("ID")
     if event["Type"] == "network":
-        # Docker names the network in ID and the container in the attributes; Podman names the
-        # container in ID and the network in the attributes. Neither: a network came or went.
-        who = attributes.get("container") or (actor_id if attributes.get("network") else None)
-        return Subject(frozenset({who}), frozenset()) if isinstance(who, str) and who else None
+        # Docker has the network in ID and the container in the attributes; Podman has the container in ID
+        # and the network in the attributes. Without a container, a network was created or removed.
+        ident = attributes.get("container") or (actor_id if attributes.get("network") else None)
+        if not isinstance(ident, str) or not ident:
+            return None
+        return Subject(frozenset({ident}), frozenset())
     names = (attributes.get("name"), attributes.get("oldName"))
     known = frozenset(name.removeprefix("/") for name in names if isinstance(name, str) and name)
     if not isinstance(actor_id, str) or not actor_id or not known:
@@ -96,9 +99,9 @@ def subject(event: Any) -> Subject | None:
 
 
 def death(event: Any) -> tuple[str, int] | None:
-    """The container that `event` says has died, and when: nanoseconds since the epoch, by the daemon's clock.
+    """The container that died and when, in nanoseconds since the epoch by the daemon's clock; None if none.
 
-    `die` is Docker's word, `died` Podman's. Not `kill`: every signal makes one.
+    Docker says `die`, Podman `died`. `kill` is no death: each signal makes one.
     """
     if subject(event) is None or event["Type"] != "container":
         return None

@@ -1,13 +1,11 @@
-"""Follows one target: a thread that looks when it is told to, and says what it saw.
+"""Watches one target: its thread inspects on request, publishes the state, and logs each change once.
 
 Invariants:
 
-- One thread per target, so that an inspect that blocks (Docker holds a container's lock while it
-  starts or stops it) delays only its own target.
-- A look is begun after the mark that asked for it, never before: a mark during a look causes
-  exactly one more.
-- A look that fails changes no address: the data path does not depend on the daemon.
-- Every change is logged once, and a target that changes without end is logged at a bounded rate.
+- One thread per target: an inspect that blocks delays its own target only. Docker holds a container's lock
+  while it starts or stops it.
+- An inspect that fails changes no replica: the data path does not depend on the daemon.
+- A target that changes without end is logged at a bounded rate.
 """
 
 from __future__ import annotations
@@ -21,21 +19,24 @@ from dataclasses import dataclass, replace
 
 from ambassador.backoff import Backoff
 from ambassador.discovery.documents import (
-    OwnNetworks,
+    container_id,
     drivers_of,
-    exposed_listeners,
+    exposed_ports,
     is_id_prefix,
     is_running,
     is_target,
-    joined_reference,
     microseconds,
-    needs_drivers,
+    network_owner_reference,
+    started_at,
 )
 from ambassador.discovery.events import Subject
+from ambassador.discovery.inspect_thread import InspectThread
+from ambassador.discovery.own_networks import OwnNetworks
 from ambassador.discovery.target_address import (
     absent_state,
     awaits_address,
-    keep_exposed,
+    keep_ports,
+    needs_drivers,
     no_address_problem,
     target_state,
 )
@@ -45,119 +46,127 @@ from ambassador.model import TargetState
 RETRY_FIRST_S = 0.05
 RETRY_CAP_S = 1.0
 RETRIES = 10
-"""Looks at a running container without an address: some 6 s. Then events and reconcile remain."""
+"""Inspects of a running container without an address, over some 6 s. Then events and reconcile remain."""
 
 FAILURE_CAP_S = 5.0
-"""Between two looks that the Engine answers with an error."""
+"""Between two inspects that the Engine answers with an error."""
 
 LOUD_CHANGES = 20
 LOUD_WINDOW_S = 60.0
-"""More changes than this in this time (a crash loop) are logged at debug level only."""
+"""More changes than LOUD_CHANGES in this time (a crash loop) are logged at debug level."""
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a watcher shares with the others."""
+class _Answer:
+    """One answer of the Engine. `container` and `run` are empty if there is no such container."""
 
-    engine: Callable[[], Engine | None]
-    own_networks: Callable[[Engine], OwnNetworks]
-    publish: Callable[[TargetState], None]
-    network: str | None
-    log: logging.Logger
-    debounce: float
-    clock: Callable[[], float] = time.monotonic
+    state: TargetState
+    container: str = ""
+    run: str = ""
+    running: bool = False
+    awaits_address: bool = False
 
 
 class TargetWatcher:
-    """One target's thread. `request_inspect`, `matches` and `stop` are called from other threads."""
+    """One target's thread. The other methods are called by other threads, and none of them blocks.
 
-    def __init__(self, target: str, around: Surroundings) -> None:
+    `engine` returns the Engine to ask, or None while there is none. `own_networks` returns the ambassador's
+    own networks or raises EngineError. `publish` takes each state; it must not block.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        engine: Callable[[], Engine | None],
+        own_networks: Callable[[], OwnNetworks],
+        publish: Callable[[TargetState], None],
+        network: str,
+        log: logging.Logger,
+        debounce: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.target = target
-        self._around = around
-        self._dirty = threading.Event()
-        self._stopping = threading.Event()
+        self._engine = engine
+        self._own_networks = own_networks
+        self._publish_state = publish
+        self._network = network
+        self._log = log
+        self._clock = clock
+        self._thread = InspectThread(
+            f"watch {target}", turn=self.inspect_now, failed=self._fail, debounce=debounce
+        )
+        # The lock is over the next two, and held for no call that can block.
+        self._lock = threading.Lock()
         self._state = TargetState(target)
-        self._ids: frozenset[str] = frozenset()
-        self._lock = threading.Lock()  # over _state and _overtaken; held for no call that can block
-        self._died_during_inspect = False  # a death was heard after the look in progress began
-        self._last_logged: object = None
-        self._said_skipped: tuple[str, ...] = ()
-        self._said_failure = ""
-        self._failures = 0
-        self._changes: deque[float] = deque(maxlen=LOUD_CHANGES)
+        self._died_during_inspect = False
+        self._container = ""
+        self._ids: frozenset[str] = frozenset()  # of the container, and of its network's owner
         self._retries = 0
         self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
+        self._failures = 0
         self._failure = Backoff(2 * RETRY_FIRST_S, FAILURE_CAP_S)
-        self.thread = threading.Thread(target=self._run, name=f"follow {target}", daemon=True)
+        self._last_logged: object = None
+        self._last_skipped: tuple[str, ...] = ()
+        self._last_error = ""
+        self._changes: deque[float] = deque(maxlen=LOUD_CHANGES)
 
     def start(self) -> None:
-        self.thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
-        self._stopping.set()
-        self._dirty.set()
+        self._thread.stop()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def request_inspect(self, *, fresh: bool = False) -> None:
-        """Look (again). `fresh`: because of news, so that given-up retries start anew."""
+        """Inspect soon. `fresh`: there is news, so an address that never came is awaited anew."""
         if fresh:
             self._retries = 0
-        self._dirty.set()
+        self._thread.request()
 
-    def container_died(self, container_id: str, at: int) -> None:
-        """The container died at `at` (ns): drop its address at once, until a look that began later says more.
+    def container_died(self, container: str, at: int) -> None:
+        """Clear the address now; an inspect that starts later sets it again. `at` is in nanoseconds.
 
-        Inspect would say so too, but only once Docker has cleaned up behind the container, some 0.1 to
-        0.5 s later: so long would new connections and datagrams go to a network that is gone. A death
-        that is older than the run that is known is old news.
+        Docker's inspect reports a death only after its cleanup, 0.1 to 0.5 s later. Until then new
+        connections and datagrams would go to a network that is gone. A death before the known run is old.
         """
         with self._lock:
             state = self._state
-            if container_id not in self._ids or state.address is None:
+            if container not in self._ids or not state.replicas:
                 return
-            started = microseconds(state.started_at)
+            started = microseconds(state.replicas[0].run)
             if started is not None and started >= at // 1000:
                 return
             self._died_during_inspect = True
-            self._state = replace(state, address=None)
-            self._around.publish(self._state)
+            self._state = replace(state, replicas=())
+            self._publish_state(self._state)
 
     def matches(self, subject: Subject) -> bool:
-        """Whether an event is about this target: its name, its container, the one it joined."""
+        """Whether an event is about this target: its name, its container or its network's owner."""
         if self.target.removeprefix("/") in subject.names or subject.ids & self._ids:
             return True
         return is_id_prefix(self.target) and any(i.startswith(self.target) for i in subject.ids)
 
-    def _run(self) -> None:
-        delay: float | None = None
-        while not self._stopping.is_set():
-            self._dirty.wait(delay)
-            if self._stopping.is_set():
-                return
-            # Cleared before the look: a mark from here on is another look's.
-            self._dirty.clear()
-            try:
-                delay = self.inspect_now()
-            except Exception as error:  # noqa: BLE001 - a thread that ends would freeze its target
-                delay = self._fail(EngineError(f"unexpected {type(error).__name__}: {error}"))
-            # The first mark after quiet is looked at at once, those right behind it together.
-            self._stopping.wait(self._around.debounce)
+    # --- in the target's thread ---
 
     def inspect_now(self) -> float | None:
-        """Ask the Engine and publish. Returns when to look again if nobody asks; None: never."""
-        engine = self._around.engine()
+        """Ask the Engine and publish. Returns the seconds until the next inspect; None: on request."""
+        engine = self._engine()
         if engine is None:
-            return None  # everybody is marked when it is back
+            return None  # the reconnect requests an inspect
         with self._lock:
             self._died_during_inspect = False
         try:
-            state, pending, running = self._ask(engine)
+            answer = self._ask(engine)
         except EngineError as error:
-            if self._around.engine() is not engine:
-                return None  # lost meanwhile; the loss is logged where it was noticed
+            if self._engine() is not engine:
+                return None  # the Engine is gone, which the thread of the event stream logs
             return self._fail(error)
-        self._recover()
-        delay = None
-        if not pending:
+        self._succeed()
+        state, delay = answer.state, None
+        if not answer.awaits_address:
             self._retries = 0
             self._retry.reset()
         elif self._retries < RETRIES:
@@ -165,35 +174,45 @@ class TargetWatcher:
             delay = self._retry.next()
         else:
             state = replace(state, problem=no_address_problem(self.target))
-        self._log_change(state, running=running, pending=delay is not None)
+        if delay is None:
+            self._log_change(state, answer)
         self._publish(state)
         return delay
 
-    def _ask(self, engine: Engine) -> tuple[TargetState, bool, bool]:
-        """The state, whether an address is still to come, and whether the container runs."""
-        around = self._around
-        own_networks = around.own_networks(engine)
+    def _ask(self, engine: Engine) -> _Answer:
         document = self._inspect(engine, self.target)
         if document is None:
-            self._ids = frozenset()
-            return absent_state(self._state), False, False
-        joined = None
+            self._ids, self._container = frozenset(), ""
+            return _Answer(absent_state(self._state))
+        owner = None
         ids = {document.get("Id")}
-        reference = joined_reference(document)
+        reference = network_owner_reference(document)
         if reference is not None:
-            joined = self._inspect(engine, reference)
-            ids |= {reference, joined.get("Id") if joined is not None else None}
+            owner = self._inspect(engine, reference)
+            ids |= {reference, owner.get("Id") if owner is not None else None}
         self._ids = frozenset(i for i in ids if isinstance(i, str) and i)
-        if needs_drivers(joined or document, own_networks, around.network):
-            own_networks = replace(own_networks, drivers=self._drivers(engine))
-        self._tell_skipped(exposed_listeners(document).skipped)
+        own_networks = self._own_networks()
+        drivers: Mapping[str, str] = {}
+        if needs_drivers(owner or document, own_networks, self._network):
+            drivers = self._drivers(engine)
+        self._log_skipped(exposed_ports(document).skipped)
         state = target_state(
-            self.target, document, own_networks, network=around.network, joined=joined
+            self.target,
+            document,
+            own_networks,
+            network=self._network,
+            network_owner=owner,
+            drivers=drivers,
         )
-        return (
-            keep_exposed(self._state, state),
-            awaits_address(document, state),
+        former, self._container = self._container, container_id(document)
+        if self._container == former:
+            state = keep_ports(self._state, state)
+        return _Answer(
+            state,
+            self._container,
+            started_at(document),
             is_running(document),
+            awaits_address(document, state),
         )
 
     @staticmethod
@@ -207,85 +226,81 @@ class TargetWatcher:
     def _drivers(self, engine: Engine) -> Mapping[str, str]:
         try:
             return drivers_of(engine.networks())
-        except EngineError as error:
-            # A socket proxy may forbid it; then every network counts as a bridge.
-            self._around.log.debug(
-                "networks are not known", extra={"fields": {"error": str(error)}}
-            )
+        except EngineError as error:  # a socket proxy may forbid it
+            fields = {"error": str(error)}
+            self._log.debug("networks not listed, assuming bridges", extra={"fields": fields})
             return {}
 
     def _publish(self, state: TargetState) -> None:
         with self._lock:
             if self._died_during_inspect:
-                return  # asked before the container died; the event has marked for another look
+                return  # the answer may be older than the death, which has requested another inspect
             self._state = state
-            self._around.publish(state)
-
-    # --- what is said, once ---
+            self._publish_state(state)
 
     def _fail(self, error: EngineError) -> float:
         self._failures += 1
-        # A connection that breaks is the daemon's going, which is noticed and told elsewhere.
+        # The first broken connection may mean that the daemon stops, which another thread logs.
         if error.status is not None or self._failures > 1:
             text = str(error)
-            if text != self._said_failure:
-                self._said_failure = text
-                self._around.log.warning(
-                    "inspect failed",
-                    extra={"fields": {"container": self.target, "error": text}},
-                )
+            if text != self._last_error:
+                self._last_error = text
+                fields = {"container": self.target, "error": text}
+                self._log.warning("inspect failed", extra={"fields": fields})
             self._publish(replace(self._state, problem=text))
         return self._failure.next()
 
-    def _recover(self) -> None:
+    def _succeed(self) -> None:
         self._failures = 0
         self._failure.reset()
-        if self._said_failure:
-            self._said_failure = ""
-            self._around.log.info(
-                "inspect works again", extra={"fields": {"container": self.target}}
-            )
+        if self._last_error:
+            self._last_error = ""
+            self._log.info("inspect works again", extra={"fields": {"container": self.target}})
 
-    def _log_change(self, state: TargetState, *, running: bool, pending: bool) -> None:
-        if pending:
-            return
-        news = (state.container_id, state.started_at, state.address, state.problem, running)
+    # --- the log ---
+
+    def _log_change(self, state: TargetState, answer: _Answer) -> None:
+        """Log what has changed since the last line."""
+        news = (answer.container, answer.run, answer.running, state.replicas, state.problem)
         if news == self._last_logged:
             return
         self._last_logged = news
+        level = logging.INFO
         fields: dict[str, object] = {"container": self.target}
-        if state.container_id:
-            fields["id"] = state.container_id[:12]
+        if answer.container:
+            fields["id"] = answer.container[:12]
         if state.problem:
-            message, level = state.problem, logging.WARNING
-        elif state.address is not None:
-            fields["address"] = state.address
-            fields["ports"] = " ".join(str(port) for port in sorted(state.exposed))
-            message, level = "target is running", logging.INFO
-        elif state.container_id:
-            message, level = "target is not running: waiting for it", logging.INFO
+            message, level = "target problem", logging.WARNING
+            fields["problem"] = state.problem
+        elif state.replicas:
+            message = "target is running"
+            fields["address"] = state.replicas[0].address
+            fields["ports"] = " ".join(map(str, sorted(state.ports)))
+        elif answer.container:
+            message = "target is not running, waiting"
         else:
-            message, level = "there is no such container: waiting for it", logging.INFO
-        self._around.log.log(self._limited_level(level), message, extra={"fields": fields})
+            message = "no such container, waiting"
+        self._log.log(self._limited_level(level), message, extra={"fields": fields})
 
     def _limited_level(self, level: int) -> int:
-        """`level`, or debug where the log has been told enough in the last minute."""
-        now = self._around.clock()
-        quiet = len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S
-        if not quiet:
-            self._changes.append(now)
-            if len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S:
-                self._around.log.warning(
-                    "target changes often, logging at debug level",
-                    extra={"fields": {"container": self.target}},
-                )
-        return logging.DEBUG if quiet else level
+        """`level`, or debug if this target has had enough lines in the last minute."""
+        now = self._clock()
+        if self._changes_are_many(now):
+            return logging.DEBUG
+        self._changes.append(now)
+        if self._changes_are_many(now):
+            fields = {"container": self.target}
+            message = "target changes often, logging at debug level"
+            self._log.warning(message, extra={"fields": fields})
+        return level
 
-    def _tell_skipped(self, skipped: tuple[str, ...]) -> None:
-        if skipped != self._said_skipped:
-            self._said_skipped = skipped
+    def _changes_are_many(self, now: float) -> bool:
+        return len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S
+
+    def _log_skipped(self, skipped: tuple[str, ...]) -> None:
+        if skipped != self._last_skipped:
+            self._last_skipped = skipped
             if skipped:
-                self._around.log.warning(
-                    "only TCP and UDP are relayed: leaving out some ports",
-                    extra={"fields": {"container": self.target, "ports": " ".join(skipped)}},
-                )
+                fields = {"container": self.target, "ports": " ".join(skipped)}
+                message = "ports left out, only TCP and UDP"
+                self._log.warning(message, extra={"fields": fields})

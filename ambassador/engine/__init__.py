@@ -1,1 +1,1 @@
-"""How to reach and ask a Docker Engine."""
+"""A Docker Engine: its interface, and the client that implements it."""

@@ -1,4 +1,4 @@
-"""What is asked of a Docker Engine, and how it fails. Interfaces only: `client.py` is the one that asks."""
+"""The interface of a Docker Engine, and its errors. `client.py` implements it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Document = Mapping[str, Any]
 
 
 class EngineError(Exception):
-    """The Engine did not give what was asked for. The text is one line that says what to do.
+    """A request to the Engine failed. The text is one line that ends with what to do.
 
-    `status` is the HTTP status where the Engine, or what stands in front of it, did answer;
-    `retry_is_cheap` says that asking again costs nothing (nobody listens on a local socket).
+    `status` is the HTTP status, if the Engine or a proxy in front of it answered. `retry_is_cheap`: another
+    attempt costs one system call, since the socket is local and has no listener.
     """
 
     def __init__(
@@ -29,17 +29,29 @@ class NoSuchContainer(EngineError):
 
 
 class EventStream(Protocol):
-    """Pieces of the event stream as they come; ends when the stream does, and on `close`."""
+    """An open event stream. The caller closes it."""
 
-    def __iter__(self) -> Iterator[bytes]: ...
-    def close(self) -> None: ...
+    def __iter__(self) -> Iterator[bytes]:
+        """Yields the bytes as they come. Ends with the stream or after `close`; never raises."""
+
+    def close(self) -> None:
+        """End the stream, and the iteration of another thread. A second call has no effect."""
 
 
 class Engine(Protocol):
-    """What is asked of a Docker Engine. Every method may raise EngineError, and nothing else."""
+    """A Docker Engine. Each method but `close` raises EngineError and no other exception."""
 
-    def inspect_container(self, name: str) -> Document: ...
-    def events(self, filters: Mapping[str, list[str]]) -> EventStream: ...
-    def ping(self) -> None: ...
-    def networks(self) -> list[Any]: ...
-    def close(self) -> None: ...
+    def inspect_container(self, name: str) -> Document:
+        """The inspect document of the container with this name or ID. Raises NoSuchContainer too."""
+
+    def events(self, filters: Mapping[str, list[str]]) -> EventStream:
+        """Subscribe to the events that pass `filters`."""
+
+    def ping(self) -> None:
+        """Return if the Engine answers."""
+
+    def networks(self) -> list[Any]:
+        """The documents of all networks."""
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""

@@ -1,11 +1,11 @@
-"""The Docker Engine behind a socket: the few GET requests that are needed, and errors one can act on.
+"""The client of a Docker Engine: a few GET requests, and errors that say what to do.
 
 Invariants:
 
-- The only module that imports docker. What leaves it is JSON, bytes and EngineError.
-- Every request but the open event stream ends within its timeout, connecting included.
-- Every error names the endpoint and, where there is one, the remedy, in one line.
-- The Engine is asked directly: no proxy, .netrc or CA bundle of the environment has a say.
+- The only module that imports docker. Its results are JSON, bytes and EngineError.
+- Every request ends within its timeout, connect included. Only an open event stream has none.
+- Every error is one line that names the endpoint and ends with what to do.
+- Requests go directly to the Engine: proxies, .netrc and CA bundles of the environment are ignored.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ import requests
 import urllib3
 from docker.constants import MINIMUM_DOCKER_API_VERSION
 from docker.errors import DockerException
+from docker.transport import UnixHTTPAdapter
+from requests.adapters import HTTPAdapter
 
 from ambassador.engine.address import TlsFiles
 from ambassador.engine.api import EngineError, NoSuchContainer
 
 TIMEOUT_S = 5.0
 READ_BYTES = 64 * 1024
-POOL = 64
-"""Kept connections. Each watcher may use one at a time."""
+MAX_KEPT_CONNECTIONS = 64
+"""Idle connections that a client keeps. If more watchers ask at once, the rest of their connections close."""
 
 _VERSION = re.compile(r"1\.\d+", re.ASCII)
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
-"""What Docker lets a container be named, and every ID. It writes names with a slash before them."""
+"""Names that Docker allows for a container, and IDs. Docker writes a name with a slash before it."""
+
 _FAULTS = (
     DockerException,
     requests.RequestException,
@@ -52,14 +55,14 @@ T = TypeVar("T")
 def connect_engine(
     host: str, *, tls: TlsFiles | None = None, timeout: float = TIMEOUT_S
 ) -> DockerEngine:
-    """Asks the Engine at `host` for its version, and speaks that.
+    """A client that speaks the API version of the Engine at `host`. The caller closes it.
 
-    `host` is a path, `unix://path`, `tcp://host:port`, `http://host:port` or `https://host:port`.
-    Raises EngineError where nobody answers.
+    `host` is a path, `unix://path`, `tcp://host:port`, `http://host:port` or `https://host:port`. `timeout`
+    is in seconds and holds for each request. Raises EngineError if the Engine does not answer.
     """
     where = host.removeprefix("unix://")
     url = f"unix://{host}" if host.startswith("/") else host
-    # One connection too many is not worth a line each: urllib3 warns of every one.
+    # urllib3 warns of every connection that it cannot keep.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
     def client(version: str) -> docker.APIClient:
@@ -68,9 +71,9 @@ def connect_engine(
             version=version,
             timeout=timeout,  # type: ignore[arg-type]  # the stubs say int; it goes to a socket
             tls=_tls_config(tls),
-            max_pool_size=POOL,
         )
         made.trust_env = False
+        _mount_pool(made, url, timeout)
         return made
 
     probe = _call("GET /_ping", where, lambda: client(MINIMUM_DOCKER_API_VERSION))
@@ -79,7 +82,7 @@ def connect_engine(
     except EngineError as error:
         if error.status not in (403, 404, 405):
             raise
-        version = ""  # a proxy that forbids the ping may allow the other
+        version = ""  # a proxy that forbids the ping may allow /version
     finally:
         probe.close()
     if not version:
@@ -87,11 +90,37 @@ def connect_engine(
     return DockerEngine(_call("GET /_ping", where, lambda: client(version)), where)
 
 
+class _UnixAdapter(UnixHTTPAdapter):
+    """Sends every request through one pool: docker's own adapter has a pool for each URL."""
+
+    def get_connection(self, url: str | bytes, proxies: Any = None) -> Any:  # noqa: ARG002
+        return super().get_connection("http+docker://localhost")
+
+
+def _mount_pool(client: docker.APIClient, url: str, timeout: float) -> None:
+    """Keep up to MAX_KEPT_CONNECTIONS connections for all requests together."""
+    kept = MAX_KEPT_CONNECTIONS
+    if url.startswith("unix://"):
+        socket_url = url.replace("unix://", "http+unix://", 1)
+        client.mount(
+            "http+docker://",
+            _UnixAdapter(
+                socket_url,
+                timeout,  # type: ignore[arg-type]  # as above
+                pool_connections=1,
+                max_pool_size=kept,
+            ),
+        )
+        return
+    for scheme in ("http://", "https://"):
+        client.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=kept))
+
+
 def _tls_config(tls: TlsFiles | None) -> docker.tls.TLSConfig | bool:
     if tls is None:
         return False
     if not tls.verify:
-        # The user chose so with -tls; urllib3 would warn on standard error at every request.
+        # With -tls the user chose this; urllib3 would warn on standard error at every request.
         warnings.filterwarnings("ignore", category=urllib3.exceptions.InsecureRequestWarning)
     pair = (tls.cert, tls.key)
     usable = all(path and Path(path).is_file() for path in pair)
@@ -110,7 +139,7 @@ def _version_of_ping(client: docker.APIClient) -> str:
 
 
 class DockerEngine:
-    """An Engine that has answered. Safe to use from several threads."""
+    """An Engine that has answered. Several threads may use it."""
 
     def __init__(self, client: docker.APIClient, where: str) -> None:
         self._client = client
@@ -118,22 +147,24 @@ class DockerEngine:
 
     def inspect_container(self, name: str) -> Mapping[str, Any]:
         if not _NAME.fullmatch(name):
-            # Not asked: with a slash or a question mark in it, it would be another endpoint's path.
+            # Do not ask: a slash or a question mark in it would make the path of another endpoint.
             raise NoSuchContainer(f"no container can be named {first_line(name, 64)}", status=404)
         endpoint = f"GET /containers/{first_line(name, 64)}/json"
         document: object = _call(
             endpoint, self._where, lambda: self._client.inspect_container(name)
         )
         if not isinstance(document, Mapping):
-            raise EngineError(f"{self._where} answers {endpoint} with no JSON object", status=200)
+            raise EngineError(
+                f"{self._where} answers {endpoint} with no JSON object: {CHECK_SOCK}", status=200
+            )
         return document
 
     def events(self, filters: Mapping[str, list[str]]) -> DockerEvents:
         client = self._client
 
         def subscribe() -> requests.Response:
-            # Not client.events(): that has no timeout for the answer's head either, and collects
-            # what is no JSON in memory without end.
+            # client.events() has no timeout for the head of the answer, and collects text that is not
+            # JSON in memory without end.
             response = client.get(
                 f"{client.base_url}/v{client.api_version}/events",
                 params={"filters": json.dumps(filters)},
@@ -157,42 +188,43 @@ class DockerEngine:
 
 
 class DockerEvents:
-    """The bytes of an open event stream. Any end of it is a clean end of iteration."""
+    """An open event stream. Every end of it, also a broken connection, ends the iteration."""
 
     def __init__(self, response: requests.Response) -> None:
         self._response = response
         self._socket = _socket_of(response)
         if self._socket is not None:
-            self._socket.settimeout(None)  # the head has come; from here on silence is usual
+            self._socket.settimeout(None)  # after the head of the answer, silence is normal
 
     def __iter__(self) -> Iterator[bytes]:
-        # Chunks come as they are. Without chunks (an old proxy) urllib3 fills what it was asked
-        # for before it returns, so ask for a byte.
+        # Without chunks (an old proxy) urllib3 waits for as many bytes as it is asked for: ask for one.
         raw = self._response.raw
         try:
             yield from raw.stream(READ_BYTES if raw.chunked else 1)
         except (*_FAULTS, AttributeError):
-            return  # closed from here, or broken from there: what matters is that it ended
+            return  # closed or broken: the stream has ended
 
     def close(self) -> None:
-        """Ends the iteration, also from another thread."""
+        """End the iteration, also of another thread."""
         try:
             if self._socket is not None:
                 self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # it had ended before
+            pass  # the stream has ended before
 
 
 def _socket_of(response: requests.Response) -> socket.socket | None:
-    # No public way leads there: docker's own CancellableStream goes the same one. Without it the
-    # stream ends whenever it is silent for the timeout, and is opened again.
+    # There is no public way: docker's CancellableStream does the same. Without the socket, the stream ends
+    # after each silence of `timeout`, and the source subscribes again.
     here: Any = response.raw
     for name in ("_fp", "fp", "raw", "_sock"):
         here = getattr(here, name, None)
     return here if isinstance(here, socket.socket) else None
 
 
-# --- errors one can act on ---------------------------------------------------------------------
+# --- errors that say what to do ----------------------------------------------------------------
+
+CHECK_SOCK = "check that -sock names a Docker Engine"
 
 
 def _call(endpoint: str, where: str, ask: Callable[[], T]) -> T:
@@ -208,7 +240,9 @@ def _engine_error(error: BaseException, endpoint: str, where: str) -> EngineErro
     if answer is not None and answer.response is not None:
         return _http_error(answer, endpoint, where)
     if any(isinstance(e, requests.Timeout | TimeoutError) for e in chain):
-        return EngineError(f"{where} does not answer {endpoint} in time: is the daemon stuck?")
+        return EngineError(
+            f"{where} does not answer {endpoint} in time: check whether the daemon is stuck"
+        )
     number = next((e.errno for e in chain if isinstance(e, OSError) and e.errno), None)
     local = where.startswith("/")
     if local and number == errno.ENOENT:
@@ -225,21 +259,22 @@ def _engine_error(error: BaseException, endpoint: str, where: str) -> EngineErro
         )
     if local and number == errno.ECONNREFUSED:
         return EngineError(
-            f"nobody listens on {where}: is the daemon running? (a socket mounted into a container"
-            " is stale once the daemon made a new one: mount its directory)",
+            f"nobody listens on {where}: start Docker; if the socket is mounted into a container,"
+            " mount its directory, since a new daemon makes a new socket",
             retry_is_cheap=True,
         )
     reason = next((e.strerror for e in chain if isinstance(e, OSError) and e.strerror), None)
     return EngineError(
-        f"{where}: {endpoint} failed: {first_line(reason or str(error) or repr(error))}"
+        f"{where}: {endpoint} failed: {first_line(reason or str(error) or repr(error))}:"
+        " check -sock and the daemon"
     )
 
 
 def _http_error(error: requests.HTTPError, endpoint: str, where: str) -> EngineError:
     status, said = error.response.status_code, _message(error.response)
     if status == 404 and said and said != "page not found":
-        # In the Engine's own form: it knows the endpoint, and not the container. Engines word it
-        # differently, and taken for anything else it would keep a dead container's address.
+        # An answer in the Engine's own form: the endpoint exists, the container does not. The words differ
+        # between Engines, and as another error it would keep a dead container's address.
         return NoSuchContainer(said, status=status)
     if status in (401, 403):
         return EngineError(
@@ -247,14 +282,15 @@ def _http_error(error: requests.HTTPError, endpoint: str, where: str) -> EngineE
             " PING, VERSION, EVENTS, CONTAINERS and NETWORKS = 1)",
             status=status,
         )
-    text = f"{where} answers {endpoint} with {status}: {said or first_line(error.response.reason or '')}"
-    if status == 404:
-        text += ": is this a Docker Engine?"
-    return EngineError(text, status=status)
+    reason = said or first_line(error.response.reason or "")
+    remedy = CHECK_SOCK if status == 404 else "see the daemon's log"
+    return EngineError(
+        f"{where} answers {endpoint} with {status}: {reason}: {remedy}", status=status
+    )
 
 
 def _message(response: requests.Response) -> str:
-    """What the Engine says in its own form, `{"message": …}`; empty for anything else."""
+    """The message of an answer in the Engine's own form, `{"message": …}`, else empty."""
     try:
         answer = response.json()
     except (requests.RequestException, ValueError):
@@ -263,7 +299,7 @@ def _message(response: requests.Response) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what is inside it: requests wraps urllib3's, which wraps the system's."""
+    """`error` and its causes: requests wraps urllib3's errors, which wrap the system's."""
     todo: list[object] = [error]
     seen: set[int] = set()
     while todo:
@@ -275,5 +311,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(text: str, limit: int = 200) -> str:
+    """The first line of `text`, at most `limit` characters, with no character that cannot be printed."""
     first = next(iter(text.strip().splitlines()), "")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in first[:limit])

@@ -1,15 +1,14 @@
 """The fork server: the slim process that forks workers, and the parent's handle on it.
 
-It is forked by the parent before the parent imports the Docker client or starts a thread, with the
-compiled loops loaded and the garbage collector frozen, so that a worker shares nearly every page with it
-(docs/design.md has the table of what other ways cost).
+The parent forks it before it imports the Docker client or starts a thread. The compiled loops are loaded and
+the garbage collector is frozen, so a worker shares nearly every page with it (figures: docs/design.md).
 
-What it does all its life, forking and burying, is compiled (_forker.pyx says why, and has the messages).
+Its loop, which forks and reaps, is compiled (_forkserver.pyx says why, and has the messages).
 
 Invariants:
 
 - The fork server never has a thread, and runs nothing but that loop once it serves.
-- It ends with the parent, and takes what is left of its children with it.
+- It exits with the parent, and kills the children that are left.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from typing import NoReturn
 from ambassador import _forkserver, _worker
 from ambassador.system.titles import set_title
 
-_MESSAGE = struct.Struct("=iii")  # kind, pid, status: message_t of _forker.pyx
+_MESSAGE = struct.Struct("=iii")  # kind, pid, status: message_t of _forkserver.pyx
 
 
 class ForkServerGone(Exception):
-    """The fork server died: its workers go on, new ones need a new fork server."""
+    """The fork server has exited. Its workers go on; new ones need a new fork server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forked:
-    """A worker was made, in the order of the requests. The receiver owns `pidfd`.
+    """A worker was forked, in the order of the requests. The receiver owns `pidfd`, -1 if none arrived.
 
-    Where it could not be made, `pid` is the negative errno and there is no pidfd (-1).
+    If it could not be forked, `pid` is the negative errno.
     """
 
     pid: int
@@ -49,7 +48,7 @@ class Forked:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A worker ended. `status` is a wait status (os.waitstatus_to_exitcode)."""
+    """A worker exited. `status` is a wait status (os.waitstatus_to_exitcode)."""
 
     pid: int
     status: int
@@ -65,7 +64,7 @@ class ForkServer:
 
     @classmethod
     def fork(cls) -> ForkServer:
-        """Fork the fork server off this process, which must not have threads yet."""
+        """Fork the fork server off this process, which must not have threads yet. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
@@ -76,14 +75,22 @@ class ForkServer:
 
     @classmethod
     def launch(cls) -> ForkServer:
-        """Start a fork server as a new program: forking is not safe once there are threads."""
+        """Start a fork server as a new program: forking is not safe once there are threads.
+
+        Raises OSError if there is no process or no descriptor to be had.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
-                [sys.executable, "-m", "ambassador.supervise.forkserver", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+        fd = str(theirs.fileno())
+        # -P: else a module in the working directory would be taken for one of ours.
+        command = [sys.executable, "-P", "-m", "ambassador.supervise.forkserver", fd]
+        try:
+            with theirs:
+                child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                )
+        except BaseException:
+            ours.close()
+            raise
         child.returncode = 0  # the parent's loop reaps it, like every other child
         return cls(ours, child.pid)
 
@@ -91,14 +98,14 @@ class ForkServer:
         return self._socket.fileno()
 
     def request(self, descriptors: Sequence[int]) -> None:
-        """Ask for a worker with these. Raises ForkServerGone, or BlockingIOError if it is stuck."""
+        """Ask for a worker with these. Raises ForkServerGone, BlockingIOError if it is stuck, or OSError."""
         try:
             socket.send_fds(self._socket, [b"F"], list(descriptors))
-        except (BrokenPipeError, ConnectionError) as error:
+        except ConnectionError as error:
             raise ForkServerGone from error
 
     def receive(self) -> Forked | Exited | None:
-        """The next message, or None when there is none now. Raises ForkServerGone."""
+        """The next message, or None if there is none now. Raises ForkServerGone, or OSError."""
         try:
             data, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE.size, 1)
         except BlockingIOError:
@@ -114,19 +121,20 @@ class ForkServer:
 
     @property
     def stopped(self) -> bool:
-        """Whether it is stopped (SIGSTOP), and so deaf; SIGCHLD tells of the moment."""
+        """Whether it is stopped (SIGSTOP). SIGCHLD says that this may have changed."""
         try:
-            look = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self.pid, look) is not None
-        except ChildProcessError:  # it has ended
+            options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, options) is not None
+        except ChildProcessError:  # it has exited
             return False
 
     def kill(self) -> None:
         """For one that is stopped. Its workers go on."""
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of it: it ends, and takes its children with it."""
+        """Close its socket: it kills its children and exits."""
         self._socket.close()
 
 
@@ -134,9 +142,9 @@ class ForkServer:
 
 
 def serve(sock: socket.socket) -> NoReturn:
-    """The fork server's life. Never returns; workers leave it through os._exit as well."""
-    # Ctrl-C goes to the whole process group and systemd's SIGTERM to the whole cgroup; what they mean is the
-    # parent's business, here and in the workers, who inherit this.
+    """The fork server's life. Never returns; a worker leaves it through os._exit as well."""
+    # Ctrl-C goes to the whole process group and systemd's SIGTERM to the whole cgroup. Only the parent obeys
+    # them; the workers inherit this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)

@@ -1,11 +1,12 @@
-"""Listening sockets: bound once by the parent, on all interfaces, and lent to workers.
+"""Listening sockets: bound once by the parent, and passed to workers.
 
 Invariants:
 
-- One socket takes IPv6 and IPv4 (`IPV6_V6ONLY` off, ipv6(7)); where the machine has no IPv6, IPv4 alone.
+- Without an address one socket takes IPv6 and IPv4 (`IPV6_V6ONLY` off, ipv6(7)); if the machine has no IPv6,
+  IPv4 alone.
 - What an accepted connection needs is set on the listener and inherited (net/ipv4/tcp_minisocks.c clones
   the socket), so accepting costs no further system call: TCP_NODELAY, keepalive, and SO_LINGER 0, which
-  arms the connection: should its worker die, the client sees a reset and never a clean end.
+  arms the connection: if its worker dies, the client sees a reset and never a clean end.
 - Every socket here is non-blocking and close-on-exec.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Sequence
 
 from ambassador.model import ListenAddress
 from ambassador.values import Protocol
@@ -21,8 +23,8 @@ from ambassador.values import Protocol
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 6
-"""A client that vanished is noticed after 60 + 6 x 10 seconds without a byte. Of a connection that is older
-than 10 s its worker sets another idle time (_splice.pyx, connection_keep_alive), 30 to 90 s."""
+"""A client that vanished is noticed after 60 + 6 x 10 seconds without a byte. If a connection is older than
+10 s, its worker sets another idle time, 30 to 90 s (_splice.pyx, connection_keep_alive)."""
 
 DATAGRAM_BUFFER = 4 << 20
 """Bytes asked for a datagram listener; the kernel clamps it to net.core.{r,w}mem_max."""
@@ -37,58 +39,94 @@ IP_RECVTTL = 12
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
 
-def bind(listener: ListenAddress, *, gro: bool = True, shared: bool = False) -> socket.socket:
-    """A socket that takes what is sent to `listener`; the caller owns and closes it.
+_STREAM_OPTIONS: tuple[tuple[int, int, int], ...] = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),  # else TIME_WAIT of an earlier run keeps the port
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
+_LINGER = struct.pack("ii", 1, 0)
 
-    `gro` lets the kernel hand over runs of equal datagrams at once (UDP_GRO, udp(7)); `shared` lets
-    others of the same user bind the port as well (SO_REUSEPORT). Raises OSError: EADDRINUSE where somebody
-    has the port, EACCES for a port below 1024 without CAP_NET_BIND_SERVICE.
+
+def bind(listen: ListenAddress, *, gro: bool = True, shared: bool = False) -> socket.socket:
+    """A socket that takes what is sent to `listen`, which has one port; the caller closes it.
+
+    `gro` lets the kernel hand over runs of equal datagrams at once (UDP_GRO, udp(7)). `shared` lets others of
+    the same user bind the port as well (SO_REUSEPORT). Raises OSError: EADDRINUSE if another socket has the
+    port, EACCES for a port below 1024 without CAP_NET_BIND_SERVICE, EADDRNOTAVAIL if the machine has no such
+    address.
     """
+    if listen.address:
+        family = socket.AF_INET6 if ":" in listen.address else socket.AF_INET
+        return _bind(family, listen, gro, shared)
     try:
-        return _bind(socket.AF_INET6, listener, gro, shared)
+        return _bind(socket.AF_INET6, listen, gro, shared)
     except OSError as error:
         if error.errno not in _NO_IPV6:
             raise
-        return _bind(socket.AF_INET, listener, gro, shared)
+        return _bind(socket.AF_INET, listen, gro, shared)
 
 
-def bind_group(listener: ListenAddress, workers: int) -> list[socket.socket]:
+def bind_group(
+    listen: ListenAddress, workers: int, *, beside: Sequence[socket.socket] = ()
+) -> list[socket.socket]:
     """Sockets for `workers` workers: for TCP one, from which all accept; for UDP one to each.
 
-    The kernel shares UDP clients out between them and keeps each where it is. As `bind` otherwise.
+    The kernel shares UDP clients out between the sockets and keeps each client on its socket. `beside` is a
+    former UDP group of the same port, which the new one joins. Raises OSError, as `bind` does.
     """
-    if listener.protocol is Protocol.TCP or workers == 1:
-        return [bind(listener)]
-    # SO_REUSEPORT would share the port with another program of the same user as gladly as among
-    # ourselves; binding without it first finds that out.
-    bind(listener).close()
+    if not beside and (listen.protocol is Protocol.TCP or workers == 1):
+        return [bind(listen)]
+    for sock in beside:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if not beside:
+        # SO_REUSEPORT would also share the port with another program of the same user. Binding without
+        # it first finds such a program.
+        bind(listen).close()
     group: list[socket.socket] = []
     try:
         while len(group) < workers:
-            group.append(bind(listener, shared=True))
-    except OSError:
+            group.append(bind(listen, shared=True))
+    except BaseException:
         for sock in group:
             sock.close()
         raise
     return group
 
 
+def restore_listener(sock: socket.socket) -> bool:
+    """Make a TCP socket of `bind` listen again, with its options. False if it cannot be restored.
+
+    Every worker shares the open file, so each can shut it down or change its options (SO_LINGER).
+    """
+    try:
+        _prepare_stream(sock)
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return False
+
+
 def _bind(
-    family: socket.AddressFamily, listener: ListenAddress, gro: bool, shared: bool
+    family: socket.AddressFamily, listen: ListenAddress, gro: bool, shared: bool
 ) -> socket.socket:
-    tcp = listener.protocol is Protocol.TCP
+    tcp = listen.protocol is Protocol.TCP
     sock = socket.socket(family, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(listen.address))
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if tcp:
             _prepare_stream(sock)
         else:
             _prepare_datagram(sock, family, gro)
-        sock.bind((listener.address, listener.first_port))
+        sock.bind(_sockaddr(family, listen))
         if tcp:
             sock.listen(BACKLOG)
     except BaseException:
@@ -97,14 +135,17 @@ def _bind(
     return sock
 
 
+def _sockaddr(family: socket.AddressFamily, listen: ListenAddress) -> tuple[str | int, ...]:
+    if family == socket.AF_INET:
+        return listen.address, listen.first_port
+    address, _, zone = listen.address.partition("%")
+    return address, listen.first_port, 0, int(zone or 0)
+
+
 def _prepare_stream(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT of a former life
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+    for level, name, value in _STREAM_OPTIONS:
+        sock.setsockopt(level, name, value)
 
 
 def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bool) -> None:
@@ -115,8 +156,8 @@ def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bo
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-    # The hop limit it arrived with: what goes round between two relays is to end (also on an IPv6 socket,
-    # for what arrives over IPv4).
+    # The hop limit it arrived with, to end what goes round between two relays. Also on an IPv6 socket, for
+    # what arrives over IPv4.
     sock.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DATAGRAM_BUFFER)

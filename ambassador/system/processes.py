@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import enum
+import ipaddress
+import os
+
 import psutil
 
-from ambassador.model import Listener
-from ambassador.system.processes import ProcessState
+from ambassador.model import ListenAddress
 from ambassador.values import Protocol
+
+
+class ProcessState(enum.Enum):
+    """What a process is doing, as far as a watchdog needs to know."""
+
+    WAITING = enum.auto()  # asleep, stopped, or not to be seen
+    RUNNING = enum.auto()  # runs, or waits for a processor or a disk
+    ENDED = enum.auto()  # has exited and waits to be reaped
+
 
 _RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_WAKING}
 _ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 
 
 def process_state(pid: int) -> ProcessState:
+    """What it does now. WAITING if it is hidden (hidepid of proc(5)), or reaped since."""
     try:
         state = psutil.Process(pid).status()
-    except psutil.Error:  # hidden (hidepid of proc(5)), or buried since
+    except psutil.Error:
         return ProcessState.WAITING
     if state in _RUNNING:
         return ProcessState.RUNNING
     return ProcessState.ENDED if state in _ENDED else ProcessState.WAITING
 
 
-def port_owner(listener: Listener) -> str:
-    """Who has the port, for a person: `redis-server (pid 4711)`; says so where that cannot be seen."""
+def reap_children() -> None:
+    """Reap every child that has exited; for PID 1 that is also whatever else was left to it."""
     try:
-        for entry in psutil.net_connections(kind=listener.protocol.value):
-            listening = listener.protocol is Protocol.UDP or entry.status == psutil.CONN_LISTEN
-            if entry.laddr and entry.laddr.port == listener.port and listening and not entry.raddr:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass
+
+
+def port_owner(listen: ListenAddress) -> str:
+    """The program that has the port: `redis-server (pid 4711)`, or that it cannot be seen."""
+    try:
+        for entry in psutil.net_connections(kind=listen.protocol.value):
+            listening = listen.protocol is Protocol.UDP or entry.status == psutil.CONN_LISTEN
+            if entry.laddr and not entry.raddr and listening and _overlaps(listen, *entry.laddr):
                 if entry.pid is None:
                     break
                 return f"{psutil.Process(entry.pid).name()} (pid {entry.pid})"
     except (psutil.Error, OSError):
         pass
     return "a process that cannot be seen from here"
+
+
+def _overlaps(listen: ListenAddress, address: str, port: int) -> bool:
+    """Whether a socket that is bound there keeps another from binding `listen`."""
+    if not listen.first_port <= port <= listen.last_port:
+        return False
+    bound = ipaddress.ip_address(address.partition("%")[0])
+    wanted = ipaddress.ip_address(listen.address.partition("%")[0] or "::")
+    return bound.is_unspecified or wanted.is_unspecified or bound == wanted

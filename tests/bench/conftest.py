@@ -1,4 +1,4 @@
-"""Builds the load generator before the tests, which import it with the modules they test, are collected."""
+"""Builds the load tool before test modules that import it are collected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 subprocess.run(
-    [sys.executable, "-m", "bench.install", "--build-only"],
+    [sys.executable, "-m", "bench.run", "--build-only"],
     cwd=Path(__file__).resolve().parents[2],
     check=True,
 )

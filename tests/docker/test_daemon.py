@@ -9,22 +9,19 @@ import os
 import signal
 import time
 
-from tests.docker.engine import HostAmbassador, Stage, wait_for
-from tests.docker.own_engine import OwnEngine
-from tests.docker.peers import (
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    free_port,
-    greet,
-    lines_with,
-    run_server,
-    wait_until_accepts,
-)
+import pytest
+
+from tests.support.endpoints import Caller, Conversation, greet
+from tests.support.engine import Stage, lines_with, run_server, wait_until_accepts
+from tests.support.net import free_port
+from tests.support.own_engine import OwnEngine
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 HERE = "127.0.0.1"
 
 
+@pytest.mark.alone
 def test_daemon_killed(own: OwnEngine) -> None:
     """D1: relaying goes on, and within 2 s of the daemon's return what changed meanwhile is known."""
     port, mortal_port = free_port(), free_port()
@@ -38,9 +35,9 @@ def test_daemon_killed(own: OwnEngine) -> None:
 
         with Conversation(HERE, port) as old, Caller(HERE, port) as caller:
             old.greeting()
-            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
+            wait_until(lambda: caller.ask(b"x"), "an answer")
             own.kill()
-            ambassador.wait_for_line("cannot ask Docker: going on with what is known")
+            ambassador.wait_for_line("cannot ask Docker, keeping the last state")
             assert old.ask(b"still here") == b"still here"
             assert greet(HERE, port) == "db"
             answer = caller.ask(b"and now?")
@@ -63,11 +60,12 @@ def test_daemon_killed(own: OwnEngine) -> None:
             assert held.greeting()[0] == "mortal"
 
 
+@pytest.mark.alone
 def test_daemon_absent_at_start(own: OwnEngine) -> None:
     """D2: it waits, says so in one line, and picks up when the daemon comes."""
     port = free_port()
     own.stop()
-    ambassador = HostAmbassador(["-sock", str(own.socket), "-name", "gat-db"], {})
+    ambassador = Program("-sock", str(own.socket), "-name", "gat-db")
     try:
         line = ambassador.wait_for_line("cannot ask Docker")
         assert f"there is no socket {own.socket}" in line
@@ -75,7 +73,7 @@ def test_daemon_absent_at_start(own: OwnEngine) -> None:
         own.start()
         back = time.monotonic()
         ambassador.wait_for_line("connected to Docker again")
-        ambassador.wait_for_line("there is no such container: waiting for it.*gat-db")
+        ambassador.wait_for_line("no such container, waiting.*gat-db")
         assert time.monotonic() - back < 2
         assert len(lines_with(ambassador, "cannot ask Docker")) == 1
         with Stage(own.engine) as stage:

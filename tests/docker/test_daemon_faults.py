@@ -17,25 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from ambassador.discovery.docker_source import DockerSource, connect_engine
-from tests.docker.engine import HostAmbassador, Stage, wait_for
-from tests.docker.own_engine import OwnEngine
-from tests.docker.peers import (
-    PORT,
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    free_port,
-    greet,
-    is_greeted_by,
-    lines_with,
-    run_server,
-    wait_until_accepts,
-)
-from tests.docker.processes import descendants, workers_of
-from tests.docker.proxy import GET_ONLY, EngineProxy
-from tests.relay.namespaces import Namespace, linked
-from tests.unit.fake_engine import Log
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.engine.client import connect_engine
+from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
+from tests.support.engine import Stage, lines_with, run_server, wait_until_accepts
+from tests.support.net import Namespace, free_port, linked
+from tests.support.own_engine import OwnEngine
+from tests.support.processes import descendants, workers_of
+from tests.support.program import Program
+from tests.support.proxy import GET_ONLY, EngineProxy
+from tests.support.wait import wait_until
+from tests.unit.fake_engine import Log, address_of
 
 HERE = "127.0.0.1"
 QUICK_S = 1.0
@@ -87,6 +79,7 @@ def followed(discovery: DockerSource) -> Iterator[DockerSource]:
         discovery.stop()
 
 
+@pytest.mark.alone
 def test_half_open_event_stream(stage: Stage) -> None:
     """D3: nothing arrives from the Engine any more, not even an end: the ping finds out."""
     log = Log()
@@ -96,7 +89,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
         discovery = DockerSource(
             lambda: connect_engine(front.address, timeout=QUICK_S),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
@@ -105,22 +98,23 @@ def test_half_open_event_stream(stage: Stage) -> None:
         )
         try:
             with followed(discovery):
-                wait_for("its address", lambda: discovery.states()[0].address == db.address())
+                wait_until(lambda: address_of(discovery) == db.address(), "its address")
                 namespace.drop()
                 begin = time.monotonic()
                 stage.restart_elsewhere(db)  # of which it hears nothing
-                wait_for("the loss to be noticed", lambda: not discovery.connected)
+                wait_until(lambda: not discovery.connected, "the loss to be noticed")
                 assert time.monotonic() - begin < 2 * QUICK_S + 5
                 (line,) = log.having("cannot ask Docker")
                 assert namespace.theirs4 in line
-                assert discovery.states()[0].address is not None, "what is known stands"
+                assert address_of(discovery) is not None, "what is known stands"
                 namespace.restore()
-                wait_for("the new address", lambda: discovery.states()[0].address == db.address())
+                wait_until(lambda: address_of(discovery) == db.address(), "the new address")
                 assert len(log.having("connected to Docker again")) == 1
         finally:
             front.close()
 
 
+@pytest.mark.alone
 def test_daemon_hangs(own: OwnEngine) -> None:
     """D4: the daemon takes connections and answers none: only news waits, everything else goes on."""
     port, mortal_port = free_port(), free_port()
@@ -134,13 +128,13 @@ def test_daemon_hangs(own: OwnEngine) -> None:
         wait_until_accepts(HERE, mortal_port)
         with Conversation(HERE, port) as old, Caller(HERE, port) as caller:
             old.greeting()
-            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
+            wait_until(lambda: caller.ask(b"x"), "an answer")
             with own.hung():
                 os.kill(mortal_pid, signal.SIGKILL)
                 (victim,) = [w for w in workers_of(ambassador.pid) if f"{port}/udp" in w.title]
                 os.kill(victim.pid, signal.SIGKILL)
                 begin = time.monotonic()
-                wait_for("another worker", lambda: caller.ask(b"still there?", 0.1))
+                wait_until(lambda: caller.ask(b"still there?", 0.1), "another worker")
                 assert time.monotonic() - begin < 1, "the parent waits for Docker"
                 assert greet(HERE, port) == "db"
                 assert old.ask(b"as before") == b"as before"
@@ -148,8 +142,8 @@ def test_daemon_hangs(own: OwnEngine) -> None:
                 titles = [process.title for process in descendants(ambassador.pid)]
                 assert any(f"{port}/tcp {db.name} -> " in title for title in titles)
                 # One that starts, and one that is told to end, do not wait for Docker either.
-                other = HostAmbassador(["-sock", str(own.socket), *names], {})
-                other.wait_for_line("each port can hold")
+                other = Program("-sock", str(own.socket), *names)
+                other.wait_for_line("cannot ask Docker")
                 time.sleep(0.5)  # until it asks
                 begin = time.monotonic()
                 assert other.stop() == 0
@@ -162,6 +156,7 @@ def test_daemon_hangs(own: OwnEngine) -> None:
         assert lines_with(ambassador, "backend changed", db.name) == []
 
 
+@pytest.mark.alone
 def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
     """D6: the stream stands and says nothing more: the next reconcile sees what is so."""
     log = Log()
@@ -170,7 +165,7 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
         discovery = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=log.logger(),
             ping_every=QUICK_S,
@@ -178,16 +173,17 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
             own_id=lambda: None,
         )
         with followed(discovery):
-            wait_for("its address", lambda: discovery.states()[0].address == db.address())
+            wait_until(lambda: address_of(discovery) == db.address(), "its address")
             streams = sum("/events" in line for line in proxy.asked)
             proxy.deaf = True
             _, after = stage.restart_elsewhere(db)
             begin = time.monotonic()
-            wait_for("the new address", lambda: discovery.states()[0].address == after)
+            wait_until(lambda: address_of(discovery) == after, "the new address")
             assert time.monotonic() - begin < 2 * QUICK_S + 1
             assert sum("/events" in line for line in proxy.asked) == streams, "the stream ended"
 
 
+@pytest.mark.alone
 def test_parent_sleeps_through_churn(stage: Stage) -> None:
     """D6: the parent is stopped while much happens: workers serve on, then the newest state is taken."""
     port = free_port()
@@ -207,13 +203,14 @@ def test_parent_sleeps_through_churn(stage: Stage) -> None:
     finally:
         os.kill(ambassador.pid, signal.SIGCONT)
     begin = time.monotonic()
-    wait_for("db", lambda: is_greeted_by("db", HERE, port))
+    wait_until(lambda: is_greeted_by("db", HERE, port), "db")
     with Conversation(HERE, port) as conversation:
         assert conversation.greeting() == ("db", db.address())
     assert time.monotonic() - begin < 2
     assert len(workers_of(ambassador.pid)) == 1
 
 
+@pytest.mark.alone  # the Engine has no events meanwhile
 def test_proxy_that_cuts_idle_streams(stage: Stage, tmp_path: Path) -> None:
     """D8: subscribed again in silence, as often as it is cut; nothing is repointed, nothing missed."""
     port = free_port()
@@ -224,8 +221,8 @@ def test_proxy_that_cuts_idle_streams(stage: Stage, tmp_path: Path) -> None:
         with Conversation(HERE, port) as old:
             old.greeting()
             lines = list(ambassador.lines)
-            wait_for("two cuts", lambda: proxy.cuts >= 2)
-            wait_for("a third stream", lambda: sum("/events" in a for a in proxy.asked) >= 3)
+            wait_until(lambda: proxy.cuts >= 2, "two cuts")
+            wait_until(lambda: sum("/events" in a for a in proxy.asked) >= 3, "a third stream")
             assert old.ask(b"as before") == b"as before"
             assert ambassador.lines == lines
         with Conversation(HERE, port) as held:
@@ -254,13 +251,13 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
             old.ending()
             with Conversation(HERE, port) as held:
                 assert held.greeting() == ("db", db.address())
-            wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
+            wait_until(lambda: caller.ask(b"x"), "an answer")
         assert ambassador.stop() == 0
         # What it asks every 10 and 30 s, sooner.
         watching = DockerSource(
             lambda: connect_engine(str(proxy.path)),
             [db.name],
-            network=None,
+            network="",
             on_change=lambda: None,
             log=Log().logger(),
             ping_every=0.1,
@@ -268,7 +265,7 @@ def test_allow_list_of_five_endpoints(stage: Stage, tmp_path: Path) -> None:
         )
         with followed(watching):
             pings = sum("/_ping" in line for line in proxy.asked)
-            wait_for("pings", lambda: sum("/_ping" in a for a in proxy.asked) > pings + 3)
+            wait_until(lambda: sum("/_ping" in a for a in proxy.asked) > pings + 3, "pings")
     assert proxy.refused == []
     for word in ("/_ping", "/events?", f"/containers/{db.name}/json", "/networks"):
         assert any(word in line for line in proxy.asked), word

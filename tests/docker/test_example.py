@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
-from tests.docker.engine import AMBASSADOR, REDIS, REDIS_CLI, Stage
+import pytest
+
+from tests.support.engine import AMBASSADOR, REDIS, REDIS_CLI, Stage
 
 
+@pytest.mark.alone
 def test_three_lines(stage: Stage) -> None:
     redis, ambassador = stage.name("redis"), stage.name("redis_ambassador")
     socket = stage.engine.socket

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Stage, wait_for
-from tests.docker.peers import (
-    PORT,
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    finished_at,
-    greet,
-    run_ambassador,
-    run_server,
-)
+from tests.support.endpoints import PORT, Caller, Conversation, greet
+from tests.support.engine import Stage, finished_at, run_ambassador, run_server
+from tests.support.wait import wait_until
 
 LOCKED = "--read-only --cap-drop=ALL --security-opt=no-new-privileges"
 
@@ -43,9 +35,9 @@ def test_least_privilege(stage: Stage, who: str) -> None:
     assert greet(host) == "db"
     assert greet(host, 53) == "db"
     with Caller(host, 53) as caller:
-        assert wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S) == (b"db x", host)
+        assert wait_until(lambda: caller.ask(b"x"), "an answer") == (b"db x", host)
     assert ambassador.stop() == 0
-    log = ambassador.system.logs()
+    log = ambassador.logs()
     assert "level=error" not in log
     assert "Traceback" not in log
 
@@ -95,13 +87,13 @@ def test_clients_that_never_let_go(stage: Stage) -> None:
     visiting = threading.Thread(target=visit_for_ever)
     visiting.start()
     try:
-        wait_for("visits", lambda: begun > 50, TIMEOUT_S)
+        wait_until(lambda: begun > 50, "visits")
         for _ in range(2):
             stage.restart_elsewhere(db)
             assert greet(host) == "db"
             ends.append(finished_at(db))
             goal = begun + 30
-            wait_for("visits", lambda goal=goal: begun > goal, TIMEOUT_S)  # type: ignore[misc]
+            wait_until(lambda goal=goal: begun > goal, "visits")  # type: ignore[misc]
     finally:
         done.set()
         visiting.join()

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.docker.engine import REPO, Engine
+from tests.support.engine import Engine
+from tests.support.program import REPO
 
 CONTEXT = ("Dockerfile", ".dockerignore", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 BUILD = """

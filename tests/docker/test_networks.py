@@ -11,20 +11,19 @@ import re
 
 import pytest
 
-from tests.docker.engine import REDIS, Box, Stage, wait_for
-from tests.docker.peers import (
-    PORT,
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    free_port,
-    greet,
+from tests.support.endpoints import PORT, Caller, Conversation, greet
+from tests.support.engine import (
+    REDIS,
+    Box,
+    Stage,
     lines_with,
     run_ambassador,
     run_server,
     server_command,
     wait_until_accepts,
 )
+from tests.support.net import free_port
+from tests.support.wait import wait_until
 
 TCP = f"{PORT}/tcp"
 UDP = f"{PORT}/udp"
@@ -37,7 +36,7 @@ def reached_at(host: str, port: int = PORT) -> str:
 
 
 def wait_until_reached_at(host: str, address: str) -> None:
-    wait_for(f"a way to {address}", lambda: reached_at(host) == address, TIMEOUT_S)
+    wait_until(lambda: reached_at(host) == address, f"a way to {address}")
 
 
 def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
@@ -55,7 +54,7 @@ def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
         stage.docker("network", "connect", network, db.name)
         assert held.greeting() == ("db", db.address(network))
     assert db.is_running()
-    backends = re.findall(r"backend=(\S+)", ambassador.system.logs())
+    backends = re.findall(r"backend=(\S+)", ambassador.logs())
     assert len(backends) == 3, backends
     for backend in backends:
         assert backend == "none" or ipaddress.ip_address(backend.partition(":")[0])
@@ -110,7 +109,7 @@ def test_no_network_in_common(stage: Stage) -> None:
         assert held.greeting() == ("db", db.address(theirs))
 
     stage.docker("network", "disconnect", theirs, ambassador.name)
-    wait_for("the same line again", lambda: len(lines_with(ambassador, "shares no net")) == 2)
+    wait_until(lambda: len(lines_with(ambassador, "shares no net")) == 2, "the same line again")
     with Conversation(host) as held:
         stage.docker("network", "connect", ours, db.name)  # the other side can come as well
         assert held.greeting() == ("db", db.address(ours))
@@ -155,7 +154,7 @@ def test_ambassador_on_the_host_network(stage: Stage) -> None:
 
     onhost = run_server(stage, "onhost", f"{free_port()}/tcp", flags="--network=host")
     ambassador = stage.run_ambassador("-name", onhost.name, short="vain", flags="--network=host")
-    ambassador.wait_for_log(f"{onhost.name} is on the host network, as the ambassador is")
+    ambassador.wait_for_log(f"{onhost.name} is on the ambassador's own host network")
 
 
 def test_target_on_no_network(stage: Stage) -> None:
@@ -205,11 +204,11 @@ def test_ipv6(stage: Stage) -> None:
     def address6(box: Box) -> str:
         return str(box.inspect()["NetworkSettings"]["Networks"][network]["GlobalIPv6Address"])
 
-    host = wait_for("an IPv6 address", lambda: address6(ambassador))
+    host = wait_until(lambda: address6(ambassador), "an IPv6 address")
     wait_until_accepts(host)
     assert reached_at(host) == (db.address() or address6(db))
     with Caller(host) as caller:
-        answer = wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
+        answer = wait_until(lambda: caller.ask(b"x"), "an answer")
         assert answer == (b"db x", host)
     db.restart()
     assert reached_at(host) == (db.address() or address6(db))

@@ -12,21 +12,19 @@ import time
 import psutil
 import pytest
 
-from tests.docker.engine import DEMO, Box, Stage, wait_for
-from tests.docker.peers import (
-    PORT,
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    free_port,
-    greet,
-    is_greeted_by,
+from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
+from tests.support.engine import (
+    DEMO,
+    Box,
+    Stage,
     lines_with,
     run_ambassador,
     run_server,
     server_command,
     wait_until_accepts,
 )
+from tests.support.net import free_port
+from tests.support.wait import wait_until
 
 TCP = f"{PORT}/tcp"
 HERE = "127.0.0.1"
@@ -34,7 +32,7 @@ HERE = "127.0.0.1"
 
 def held_by(ambassador: Box) -> int:
     """The descriptors of all its processes."""
-    parent = psutil.Process(int(ambassador.discovery.target_address()["State"]["Pid"]))
+    parent = psutil.Process(int(ambassador.inspect()["State"]["Pid"]))
     return sum(process.num_fds() for process in (parent, *parent.children(recursive=True)))
 
 
@@ -47,12 +45,13 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
     )
     names = [word for box in (crashing, healthy, other) for word in ("-name", box.name)]
     ambassador, host = run_ambassador(stage, *names)
-    wait_until_accepts(host, 7003)  # each target's ports come when Docker has told of that target
+    for port in (7001, 7003):  # each target's ports come when Docker has told of that target
+        wait_until_accepts(host, port)
 
     with Conversation(host) as conversation, Caller(host, 7002) as caller:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
-        wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S)
+        wait_until(lambda: caller.ask(b"x"), "an answer")
         before = held_by(ambassador)
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
@@ -75,7 +74,7 @@ def test_two_targets_want_one_port(stage: Stage) -> None:
     )
     assert greet(host) == "second", "so far nobody else wants it"
     first = run_server(stage, "first", TCP, "7001/tcp")
-    wait_for("the first one", lambda: is_greeted_by("first", host), TIMEOUT_S)
+    wait_until(lambda: is_greeted_by("first", host), "the first one")
     wait_until_accepts(host, 7001)
     assert greet(host, 7001) == "first"
     assert greet(host, 7002) == "second"
@@ -113,8 +112,8 @@ def test_similar_names(stage: Stage) -> None:
     prefix = decoy.id[:11]
     assert stage.docker("inspect", "--format", "{{.Id}}", prefix) == decoy.id
     ambassador = stage.run_ambassador("-name", stage.name("web"), "-name", prefix)
-    ambassador.wait_for_log(f"there is no such container.*{stage.name('web')}")
-    ambassador.wait_for_log(f"there is no such container.*{prefix}")
+    ambassador.wait_for_log(f"no such container.*{stage.name('web')}")
+    ambassador.wait_for_log(f"no such container.*{prefix}")
     assert lines_with(ambassador, "target is running") == []
 
     run_server(stage, "web", TCP, "7001/tcp")
@@ -151,12 +150,12 @@ def test_port_in_use(stage: Stage) -> None:
         assert greet(HERE, free) == "db"
         # It tries every second, and says so once.
         begin = time.monotonic()
-        wait_for("another try or two", lambda: time.monotonic() - begin > 2.2)
+        wait_until(lambda: time.monotonic() - begin > 2.2, "another try or two")
         assert len(lines_with(ambassador, "cannot listen")) == 2
     wait_until_accepts(HERE, taken)
     assert greet(HERE, taken) == "db"
     with Caller(HERE, taken) as caller:
-        assert wait_for("an answer", lambda: caller.ask(b"x"), TIMEOUT_S) == (b"db x", HERE)
+        assert wait_until(lambda: caller.ask(b"x"), "an answer") == (b"db x", HERE)
     assert ambassador.stop() == 0
 
 
@@ -165,7 +164,7 @@ def test_nothing_to_do_yet(stage: Stage) -> None:
     silent = stage.run("silent", DEMO, "sleep", "infinity", flags="--init")
     absent = stage.name("absent")
     ambassador = stage.run_ambassador("-name", absent, "-name", silent.name)
-    ambassador.wait_for_log(f"there is no such container: waiting for it.*{absent}")
+    ambassador.wait_for_log(f"no such container, waiting.*{absent}")
     ambassador.wait_for_log(f"{silent.name} exposes no port: start it with --expose PORT")
     for name in (absent, silent.name):
         assert len(lines_with(ambassador, name)) == 1

@@ -5,25 +5,21 @@ Fault rows U3, U4, U7, U11.
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 import time
 
-from tests.docker.engine import DNSMASQ, Stage, wait_for
-from tests.docker.peers import (
-    PORT,
-    TIMEOUT_S,
-    Caller,
-    Conversation,
-    dns_answer,
-    dns_query,
-    listening_since,
-    run_ambassador,
-    run_server,
-)
+import pytest
+
+from tests.support.endpoints import PORT, Caller, Conversation
+from tests.support.engine import DNSMASQ, Stage, listening_since, run_ambassador, run_server
+from tests.support.wait import wait_until
 
 EVERY_S = 0.01
 
 
+@pytest.mark.alone
 def test_socket_kept_open_through_a_restart(stage: Stage) -> None:
     """U3, U7, U11: a client that just goes on sending is answered again, and only once each."""
     db = run_server(stage, "db", f"{PORT}/udp", f"{PORT}/tcp")
@@ -51,13 +47,12 @@ def test_socket_kept_open_through_a_restart(stage: Stage) -> None:
         for thread in threads:
             thread.start()
         try:
-            wait_for("answers", lambda: len(came) > 20, TIMEOUT_S)
+            wait_until(lambda: len(came) > 20, "answers")
             stage.restart_elsewhere(db)
-            back_at = listening_since(db)
-            resumed = wait_for(
-                "an answer to what was sent after the restart",
+            back_at = listening_since(db, run=2)
+            resumed = wait_until(
                 lambda: next((at for question, at in came if sent_at[question] > back_at), None),
-                TIMEOUT_S,
+                "an answer to what was sent after the restart",
             )
         finally:
             done.set()
@@ -76,12 +71,25 @@ def test_answers_come_from_where_was_asked(stage: Stage) -> None:
     db = run_server(stage, "db", f"{PORT}/udp", f"{PORT}/tcp", flags=f"--network={first}")
     ambassador, host = run_ambassador(stage, "-name", db.name, network=first)
     stage.docker("network", "connect", second, ambassador.name)
-    other = wait_for("a second address", lambda: ambassador.address(second))
+    other = wait_until(lambda: ambassador.address(second), "a second address")
     with Caller(host) as caller:
         for address in (host, other, host, other):
             caller.host = address
-            answer = wait_for("an answer", lambda: caller.ask(b"where from"), TIMEOUT_S)
+            answer = wait_until(lambda: caller.ask(b"where from"), "an answer")
             assert answer == (b"db where from", address)
+
+
+def dns_query(name: str, ident: int = 7) -> bytes:
+    """A question for the A records of a name."""
+    question = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    return struct.pack("!6H", ident, 0x0100, 1, 0, 0, 0) + question + b"\0\0\1\0\1"
+
+
+def dns_answer(reply: bytes) -> str:
+    """The address in the last record of an answer."""
+    answers = struct.unpack("!H", reply[6:8])[0]
+    assert answers == 1, reply
+    return socket.inet_ntoa(reply[-4:])
 
 
 def test_dns_over_udp_and_tcp(stage: Stage) -> None:
@@ -104,10 +112,10 @@ def test_dns_over_udp_and_tcp(stage: Stage) -> None:
             return dns_answer(conversation.read(length))
 
     with Caller(host, 53) as caller:
-        assert wait_for("DNS over UDP", lambda: over_udp(caller), TIMEOUT_S) == "192.0.2.7"
+        assert wait_until(lambda: over_udp(caller), "DNS over UDP") == "192.0.2.7"
         assert over_tcp() == "192.0.2.7"
         stage.restart_elsewhere(dns)
-        assert wait_for("DNS over UDP", lambda: over_udp(caller), TIMEOUT_S) == "192.0.2.7"
+        assert wait_until(lambda: over_udp(caller), "DNS over UDP") == "192.0.2.7"
         assert over_tcp() == "192.0.2.7"
 
 
@@ -119,7 +127,7 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
     callers = [Caller(host) for _ in range(50)]
     try:
         first = callers[0]
-        wait_for("an answer", lambda: first.ask(b"first"), TIMEOUT_S)
+        wait_until(lambda: first.ask(b"first"), "an answer")
 
         def all_answered(label: bytes) -> bool:
             for number, caller in enumerate(callers):
@@ -135,8 +143,8 @@ def test_many_clients_through_a_restart(stage: Stage) -> None:
 
         assert all_answered(b"before")
         stage.restart_elsewhere(db)
-        listening_since(db)
-        wait_for("answers to all", lambda: all_answered(b"after"), TIMEOUT_S)
+        listening_since(db, run=2)
+        wait_until(lambda: all_answered(b"after"), "answers to all")
     finally:
         for caller in callers:
             caller.socket.close()

@@ -23,11 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.docker.engine import start_engine
 from tests.engines.engine import CACHE, KINDS, REPO, Engine, UnavailableError, make_root
 from tests.engines.expected import FAILED, NOT_AVAILABLE, OK, chosen, expected
 from tests.engines.scenarios import SCENARIOS
-from tests.engines.stage import AMBASSADOR, DEMO, NotAvailableError, Stage
+from tests.engines.stage import NotAvailableError, Stage
+from tests.support.engine import AMBASSADOR, DEMO, start_engine
 
 ARCHIVE = CACHE / "images.tar"
 RESULTS = CACHE / "results.json"
@@ -167,6 +167,24 @@ def run_engine(name: str, scenarios: Sequence[str], results: Results) -> list[st
     return surprises
 
 
+def run_engines(
+    engines: Sequence[str], scenarios: Sequence[str], results: Results, jobs: int
+) -> tuple[list[str], list[str]]:
+    """All of them, some at a time: what surprised, and which engine did not come up or died."""
+    say("making sure of the roots: minutes for a Debian release, once")
+    for name in engines:
+        make_root(KINDS[name].suite)
+    with ThreadPoolExecutor(jobs) as pool:  # a scenario waits most of its time
+        runs = {name: pool.submit(run_engine, name, scenarios, results) for name in engines}
+    surprises, failures = [], []
+    for name, run in runs.items():
+        try:
+            surprises += run.result()
+        except (UnavailableError, RuntimeError, subprocess.SubprocessError) as error:
+            failures.append(f"{name}: {error}")
+    return surprises, failures
+
+
 def record(table: str) -> None:
     """Write the table into docs/engines.md, with the day."""
     day = f"{datetime.now(UTC):%d %B %Y}"
@@ -187,8 +205,6 @@ def main() -> int:
     if not engines or not scenarios:
         parser.error("no engine or no scenario has such a name")
     CACHE.mkdir(parents=True, exist_ok=True)
-    surprises: list[str] = []
-    unavailable = False
     try:
         with (CACHE / "lock").open("w") as lock:
             try:
@@ -197,25 +213,15 @@ def main() -> int:
                 say("waiting for another run of this checkout")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             results = Results(f"{save_images()} {digest()}")
-            for suite in dict.fromkeys(KINDS[name].suite for name in engines):
-                say(f"making sure of the root of Debian {suite}: minutes, once")
-                make_root(suite)
-            with ThreadPoolExecutor(options.jobs) as pool:  # a scenario waits most of its time
-                runs = {name: pool.submit(run_engine, name, scenarios, results) for name in engines}
-            for name, run in runs.items():
-                try:
-                    surprises += run.result()
-                except (UnavailableError, RuntimeError, subprocess.SubprocessError) as error:
-                    unavailable = True
-                    say(f"{name}: {error}")
-    except (UnavailableError, RuntimeError) as error:  # no image, or no Engine to make it
+            surprises, failures = run_engines(engines, scenarios, results, options.jobs)
+    except (UnavailableError, RuntimeError) as error:  # no root, no image, no Engine to make it
         parser.error(str(error))
     print(f"\n{results.table()}\n")
     if options.record:
         record(results.table())
-    for surprise in surprises:
-        say(f"UNEXPECTED: {surprise}")
-    return 2 if unavailable else bool(surprises)
+    for line in [*failures, *(f"UNEXPECTED: {surprise}" for surprise in surprises)]:
+        say(line)
+    return 2 if failures else bool(surprises)
 
 
 if __name__ == "__main__":

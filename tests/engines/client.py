@@ -1,4 +1,4 @@
-"""Asks a tests/docker/server.py from within a container, and prints what happened as JSON.
+"""Asks a server of tests/support/endpoints.py from within a container, and prints what happened as JSON.
 
     python3 client.py ask HOST PORT udp|tcp          once: {"tcp": name, "udp": name, "error": text}
     python3 client.py calls HOST PORT SECONDS        a new connection every 20 ms: a list of `Call`

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tests.docker.processes import descendants
+from tests.support.processes import descendants
 
 REPO = Path(__file__).resolve().parents[2]
 CACHE = REPO / ".cache" / "engines"

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 from tests.engines.engine import SOCKET
-from tests.engines.stage import AMBASSADOR, DEMO, NotAvailableError, Stage, cut, first_answer
+from tests.engines.stage import NotAvailableError, Stage, cut, first_answer
+from tests.support.engine import AMBASSADOR, DEMO
 
 Scenario = Callable[[Stage], str | None]
 

@@ -14,20 +14,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.engines import client
 from tests.engines.client import Call
 from tests.engines.engine import SOCKET, Engine
+from tests.support import endpoints
+from tests.support.endpoints import PORT
+from tests.support.engine import AMBASSADOR, DEMO
 
-AMBASSADOR = "grand-ambassador"
-DEMO = "grand-ambassador-demo"
-PORT = 7000
 BOTH = ("7000/tcp", "7000/udp")
 PATIENCE_S = 10.0
 GRACE_S = 0.5
 """After a target's death: how late a connection to it may still be refused or cut."""
 
-_HERE = Path(__file__).parent
-_CLIENT = (_HERE / "client.py").read_text()
-_SERVER = (_HERE.parent / "docker" / "server.py").read_text()
+_CLIENT = Path(client.__file__).read_text()
+_SERVER = Path(endpoints.__file__).read_text()
 _OWN_NETWORKS = {"bridge", "host", "none", "podman"}
 
 

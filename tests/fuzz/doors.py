@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,19 @@ from setproctitle import getproctitle, setproctitle
 
 from ambassador import _control
 from ambassador.cli.arguments import Command, MissingName, UsageError, parse_arguments
-from ambassador.control import (
-    MAX_PAYLOAD,
-    BadRecord,
-    Destination,
-    Record,
-    Repoint,
-    Start,
-    Unpacker,
-    pack,
-)
-from ambassador.discovery.docker_source import documents
-from ambassador.discovery.docker_source import target_address as inspect
+from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, Update, pack
+from ambassador.discovery import documents, own_networks, target_address
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
-from ambassador.model import Route, TargetState
+from ambassador.model import ListenerSpec, TargetState
+from ambassador.options import ListenerOptions
 from ambassador.reconcile import merge
 from ambassador.rules import parse_routes
 from ambassador.system.logs import format_line
 from ambassador.system.titles import PROGRAM, set_title
+from tests.support.records import HEADER_BYTES, unpack, unpack_payload
 
 CORPUS = Path(__file__).parent / "corpus"
-HEADER_BYTES = 16
+_HEADER = struct.Struct("<BBHIQ")
 GOOD_EVENT = {"Type": "container", "Actor": {"ID": "f" * 64, "Attributes": {"name": "web"}}}
 
 Door = Callable[[bytes], None]
@@ -66,31 +59,52 @@ def is_one_line(text: str) -> bool:
 
 
 def control(data: bytes) -> None:
-    """W4: records or BadRecord, the same however the stream is cut; what is read packs to the same bytes."""
+    """W4: records or ValueError, the same however the stream is cut; a refused or incomplete rest stays."""
     whole, rest = _records([data])
-    cut, _ = _records(pieces(data))
+    cut, cut_rest = _records(pieces(data))
     assert whole == cut
-    if rest is not None:
-        assert len(rest) < HEADER_BYTES + MAX_PAYLOAD, "waits for more than a record can have"
-        assert b"".join(map(pack, whole)) + rest == data
-    stream = bytearray(data)
-    before = bytes(stream)
+    taken = b"".join(
+        _HEADER.pack(VERSION, kind, 0, len(payload), number) + payload
+        for kind, number, payload in whole
+    )
+    assert data.startswith(taken)
+    if rest is None:
+        assert cut_rest is None
+        return
+    assert taken + rest == data
+    assert len(rest) < HEADER_BYTES + MAX_PAYLOAD, "waits for more than a record can have"
+    for found in whole:
+        _check_meaning(*found)
+
+
+def _records(chunks: Iterable[bytes]) -> tuple[list[tuple[int, int, bytes]], bytes | None]:
+    """The records before the first that is none, and what waits behind them; None if one was refused."""
+    stream = bytearray()
+    found: list[tuple[int, int, bytes]] = []
+    for chunk in chunks:
+        stream += chunk
+        while True:
+            before = bytes(stream)
+            try:
+                record = _control.next_record(stream)
+            except ValueError:
+                assert bytes(stream) == before, "a refused stream was changed"
+                return found, None
+            if record is None:
+                assert bytes(stream) == before, "an incomplete record was changed"
+                break
+            found.append(record)
+    return found, bytes(stream)
+
+
+def _check_meaning(kind: int, number: int, payload: bytes) -> None:
+    """What Python makes of a record packs to the same meaning. A title or a network may be none."""
     try:
-        _control.take(stream)
+        record = unpack_payload(kind, number, payload)
     except ValueError:
-        assert bytes(stream) == before, "a refused stream was changed"
-
-
-def _records(chunks: Any) -> tuple[list[Record], bytes | None]:
-    """The records before the first that is none, and what waits behind them; None where one was refused."""
-    unpacker = Unpacker()
-    found: list[Record] = []
-    try:
-        for chunk in chunks:
-            found += unpacker.feed(chunk)
-    except BadRecord:
-        return [], None
-    return found, bytes(unpacker._bytes)
+        assert kind == RecordType.UPDATE
+        return
+    assert unpack(pack(record)) == [record]
 
 
 # --- what the Engine answers -------------------------------------------------------------------
@@ -116,33 +130,33 @@ def document(data: bytes) -> None:
     read = _json(data)
     if not isinstance(read, dict):
         return
-    own = documents.own_networks_of(read)
-    for own_networks in (documents.OwnNetworks(), own, documents.own_networks_of(read, read)):
-        for network in (None, "bridge"):
-            for joined in (None, read):
-                state = inspect.target_state(
-                    "web\n", read, own_networks, network=network, joined=joined
+    own = own_networks.own_networks_of(read)
+    shared = own_networks.own_networks_of(read, read)
+    for ours in (own_networks.OwnNetworks(), own, shared):
+        for network in ("", "bridge"):
+            for owner in (None, read):
+                state = target_address.target_state(
+                    "web\n", read, ours, network=network, network_owner=owner
                 )
                 _check_state(state)
-                _check_state(inspect.keep_exposed(state, inspect.absent_state(state)))
-                inspect.awaits_address(read, state)
+                _check_state(target_address.keep_ports(state, target_address.absent_state(state)))
+                target_address.awaits_address(read, state)
     documents.is_target(read, "web")
-    documents.needs_drivers(read, own, None)
+    target_address.needs_drivers(read, own, "")
     documents.started_after(read, read)
 
 
 def _check_state(state: TargetState) -> None:
     assert is_one_line(state.problem)
-    desired = merge((state,))
+    desired = merge((state,), ListenerOptions())
     assert all(map(is_one_line, desired.problems))
-    _check_routes(tuple(desired.routes.values()))
+    _check_routes(desired.listeners.values())
 
 
-def _check_routes(routes: tuple[Route, ...]) -> None:
+def _check_routes(specs: Iterable[ListenerSpec]) -> None:
     """What was made of it can be told to a worker, whole."""
-    for route in routes:
-        pack(Start(route.listener))
-        pack(Repoint(1, tuple(Destination(b.address, b.port, 1) for b in route.backends)))
+    for spec in specs:
+        pack(Update(1, spec.options, tuple(enumerate(spec.backends, 1)), title=str(spec.listen)))
 
 
 def networks(data: bytes) -> None:
@@ -157,7 +171,7 @@ def networks(data: bytes) -> None:
 def own_id(data: bytes) -> None:
     """mountinfo and cgroup: container names and paths stand in them."""
     mounts, _, cgroup = data.decode(errors="replace").partition("\0")
-    found = documents.own_container_id(mounts, cgroup)
+    found = own_networks.own_container_id(mounts, cgroup)
     assert found is None or len(found) == 64
 
 
@@ -194,14 +208,16 @@ def arguments(data: bytes) -> None:
     assert 0 <= read.listener.drain < 1 << 32
     assert read.listener.workers >= 1
     if read.command is Command.FOLLOW:
-        assert read.engine.url.startswith(("unix://", "tcp://"))
+        assert read.engine.url.startswith(("unix:///", "tcp://"))
+    else:
+        assert not read.engine.url, "nobody asks an Engine"
 
 
 def routes(data: bytes) -> None:
     """I1: `PORT/PROTOCOL=ADDRESS:PORT`, one to a line. Digits are 0 to 9 only."""
     specs = data.decode(errors="surrogateescape").split("\n")
     try:
-        _check_routes(parse_routes(specs))
+        _check_routes(parse_routes(specs, ListenerOptions()))
     except ValueError as error:
         assert is_one_line(str(error))
         return

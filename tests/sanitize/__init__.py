@@ -1,1 +1,1 @@
-"""What runs only under the sanitizers: see scripts/sanitize.py."""
+"""What runs only under the sanitizers: see __main__.py."""

@@ -14,41 +14,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ambassador import _datagram, _splice
-from ambassador.control import Repoint, pack
+from ambassador._worker import COUNTERS_BYTES
 from ambassador.values import Protocol
-from tests.relay.echo import Echo
-from tests.relay.harness import bind_free
-from tests.relay.peers import read_exactly, reset
+from tests.support.endpoints import Server, read_exactly, reset
+from tests.support.records import HEADER_BYTES
+from tests.support.worker import bind_free, destination, update_record
 
-OURS = ("ambassador/_splice.", "ambassador/_datagram.", "ambassador/_wire.")
+OURS = ("ambassador/_splice.", "ambassador/_datagram.", "ambassador/_control.")
 _open: list[socket.socket] = []
-LOOPBACK = bytes((127, 0, 0, 1))
 
-Loop = _splice.TcpRelay | _datagram.UdpRelay
+Loop = _splice.TcpLoop | _datagram.UdpLoop
 
 
 def relay(
     make: Callable[[int, int, int], Loop], kind: Protocol, use: Callable[[int], None]
 ) -> None:
     """Make a loop, have `use` talk through it to an echo server, and free it with all that is open."""
-    listener, sock = bind_free(kind)
+    listen, sock = bind_free(kind)
     control, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     counters = os.memfd_create("counters")
-    os.ftruncate(counters, 4096)
+    os.ftruncate(counters, COUNTERS_BYTES)
     loop = make(sock.fileno(), control, counters)
     stream = socket.SOCK_STREAM if kind is Protocol.TCP else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, stream) as server:
         server.bind(("127.0.0.1", 0))
         if kind is Protocol.TCP:
             server.listen()
-        loop.repoint(1, [(LOOPBACK, server.getsockname()[1], 0, 1)])
+        loop.update(1, update_record(1, destination(server))[HEADER_BYTES:])
         thread = threading.Thread(target=loop.run)
-        with Echo(server):
+        with Server(server):
             thread.start()
-            use(listener.port)
-            os.write(told, pack(Repoint(2)))
+            use(listen.first_port)
+            os.write(told, b"x")  # whatever it is, the loop returns
             thread.join()
-        loop.repoint(2, [])
+        loop.update(2, update_record(2)[HEADER_BYTES:])
         del loop
     for fd in (control, told, counters):
         os.close(fd)
@@ -85,37 +84,8 @@ def udp(port: int) -> None:
 
 
 def main() -> int:
-    def tcp_relay(listener: int, control: int, counters: int) -> Loop:
-        return _splice.TcpRelay(
-            listener,
-            control,
-            counters=counters,
-            slot=0,
-            slots=1,
-            hold_ms=1000,
-            connect_ms=1000,
-            max_held=16,
-            pipe_bytes=1 << 20,
-            max_connections=0,
-            idle_ms=0,
-            half_close_ms=0,
-        )
-
-    def udp_relay(listener: int, control: int, counters: int) -> Loop:
-        return _datagram.UdpRelay(
-            listener,
-            control,
-            counters=counters,
-            slot=0,
-            slots=1,
-            hold_ms=1000,
-            session_idle_ms=1000,
-            max_sessions=16,
-            gso=True,
-        )
-
-    relay(tcp_relay, Protocol.TCP, tcp)
-    relay(udp_relay, Protocol.UDP, udp)
+    relay(_splice.TcpLoop, Protocol.TCP, tcp)
+    relay(_datagram.UdpLoop, Protocol.UDP, udp)
     return leaks()
 
 

@@ -1,1 +1,4 @@
-"""Hours of restarts, kills and daemon bounces under clients that check every byte: `make soak`."""
+"""Long scenarios, each for some minutes: restarts, kills, crowds (`make soak`, docs/soak.md).
+
+`make soak` collects tests/soak/test_*.py; `make test` does not.
+"""

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import random
 import signal
 import time
 from pathlib import Path
 
-from tests.docker.engine import DEMO, Box, HostAmbassador, Stage, wait_for
-from tests.docker.own_engine import OwnEngine
-from tests.docker.processes import read_process, workers_of
 from tests.soak.clients import Tally
+from tests.support.engine import DEMO, Box, Stage
+from tests.support.own_engine import OwnEngine
+from tests.support.processes import is_gone, workers_of
+from tests.support.program import Program
+from tests.support.wait import wait_until
 
 SERVER = (Path(__file__).parent / "server.py").read_text()
 SETTLE_S = 3.0
-"""After a disturbance, while resets are still explained by it."""
+"""How long after a disturbance it still explains a reset."""
 
-WATCHDOG_S = 8.0
+KILLED_S = 13.0
 INTRUDERS = 3
 RECOVER_S = 20.0
 
 
 def create_server(stage: Stage, short: str, name: str, port: int) -> Box:
-    """A container with server.py, not started."""
+    """Create a container with server.py; it is not started."""
     flags = [f"--expose={port}/tcp", f"--expose={port}/udp"]
     return stage.create(short, DEMO, "python3", "-c", SERVER, name, str(port), flags=flags)
 
@@ -33,24 +35,20 @@ class Chaos:
     """One disturbance after another; `step` does one. Runs in a thread of its own."""
 
     def __init__(
-        self, stage: Stage, own: OwnEngine, ambassador: HostAmbassador, target: Box, *, port: int,
-        tally: Tally, seed: int,
+        self, stage: Stage, own: OwnEngine, ambassador: Program, target: Box, *, port: int,
+        seed: int,
     ) -> None:  # fmt: skip
         self.stage, self.own, self.ambassador, self.target = stage, own, ambassador, target
-        self.port, self.tally = port, tally
-        self.dice = random.Random(seed)
-        self.begun = time.monotonic()
-        self.marks: list[tuple[float, str]] = []
-        self.recoveries: dict[str, list[float]] = {"restart": [], "daemon": []}
-        self.moved = 0
-        self.has_watchdog = False
+        self.port, self.tally, self.dice = port, Tally(), random.Random(seed)
+        self.restarts: list[float] = []
+        self.returns: list[float] = []
         self._intruders: list[Box] = []
         self._number = 0
 
     def step(self) -> None:
-        kinds = (self.restart_elsewhere, self.kill_worker, self.restart_in_place, self.bounce)
+        kinds = (self.restart_elsewhere, self.kill_worker, self.restart_in_place, self.kill_daemon)
         (act,) = self.dice.choices(kinds, weights=(45, 30, 10, 15))
-        window = [time.monotonic(), float("inf")]
+        window = [time.monotonic(), math.inf]
         self.tally.disturbances.append(window)
         try:
             act()
@@ -61,17 +59,16 @@ class Chaos:
     # The target
 
     def restart_elsewhere(self) -> None:
-        """It comes back with another address, and an intruder serves the same port on the old one."""
+        """Give its old address to an intruder that serves the same port."""
         before = self.target.address()
         self._number += 1
-        intruder = create_server(
-            self.stage, f"intruder{self._number}", f"intruder{self._number}", self.port
-        )
+        name = f"intruder{self._number}"
+        intruder = create_server(self.stage, name, name, self.port)
         self._end_target()
         intruder.start()
         self._intruders.append(intruder)
         self._start_target()
-        self.moved += self.target.address() != before
+        self.tally.counts["moves"] += self.target.address() != before
         while len(self._intruders) > INTRUDERS:
             self._intruders.pop(0).remove()
 
@@ -84,50 +81,36 @@ class Chaos:
             self.target.kill()
         else:
             self.target.stop(2)
-        wait_for("the target's end", lambda: not self.target.is_running())
+        wait_until(lambda: not self.target.is_running(), "the target runs on")
 
     def _start_target(self) -> None:
         self.target.start()
         started = time.monotonic()
-        self._mark("restart")
+        self.tally.counts["restarts"] += 1
         self._wait_answer()
-        self.recoveries["restart"].append(self.tally.answered_at - started)
+        self.restarts.append(self.tally.answered_at - started)
 
     def _wait_answer(self) -> None:
-        """Until a client has had an answer again that it asked for from now on."""
+        """Wait until a client gets an answer."""
         now = time.monotonic()
         try:
-            wait_for("an answer", lambda: self.tally.answered_at > now, RECOVER_S)
+            wait_until(lambda: self.tally.answered_at > now, "no answer", RECOVER_S)
         except AssertionError:
             self.tally.find("stuck", f"no client was answered for {RECOVER_S:g} s")
 
     # Workers
 
     def kill_worker(self) -> None:
+        """Kill one, or stop it: then the ambassador kills it."""
         victim = self.dice.choice(workers_of(self.ambassador.pid))
-        stop = self.has_watchdog and self.dice.random() < 0.3
-        os.kill(victim.pid, signal.SIGSTOP if stop else signal.SIGKILL)
-        self._mark("worker killed")
-        wait_for(
-            "the worker's end",
-            lambda: (now := read_process(victim.pid)) is None or now.state == "Z",
-            WATCHDOG_S + 5,
-        )
-
-    def probe_watchdog(self) -> None:
-        """Whether a worker that is stopped gets replaced; one that is not is let go on."""
-        victim = workers_of(self.ambassador.pid)[0]
-        os.kill(victim.pid, signal.SIGSTOP)
-        with contextlib.suppress(AssertionError):
-            wait_for("it", lambda: read_process(victim.pid) is None, WATCHDOG_S)
-            self.has_watchdog = True
-            return
-        os.kill(victim.pid, signal.SIGCONT)
+        os.kill(victim.pid, signal.SIGSTOP if self.dice.random() < 0.3 else signal.SIGKILL)
+        self.tally.counts["workers killed"] += 1
+        wait_until(lambda: is_gone(victim), "the worker runs on", KILLED_S)
 
     # The daemon
 
-    def bounce(self) -> None:
-        """Killed and started again; every other time the target dies meanwhile."""
+    def kill_daemon(self) -> None:
+        """Kill it and start it again; every other time the target dies meanwhile."""
         dies = self.dice.random() < 0.5
         pid = int(self.target.inspect()["State"]["Pid"])
         said = len(self.ambassador.lines)
@@ -137,13 +120,9 @@ class Chaos:
             os.kill(pid, signal.SIGKILL)
         self.own.start()
         back = time.monotonic()
-        self._mark("daemon bounced")
+        self.tally.counts["daemons killed"] += 1
         self.ambassador.wait_for_line("connected to Docker again", since=said)
-        self.recoveries["daemon"].append(time.monotonic() - back)
+        self.returns.append(time.monotonic() - back)
         if dies:
-            wait_for("the target's end", lambda: not self.target.is_running())
+            wait_until(lambda: not self.target.is_running(), "the target runs on")
             self._start_target()
-
-    def _mark(self, what: str) -> None:
-        self.marks.append((time.monotonic() - self.begun, what))
-        self.tally.counts[f"{what}s" if what == "restart" else what] += 1

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -49,8 +50,9 @@ class Finding(Exception):
 
 
 async def converse(port: int, data: bytes, tally: Tally, piece: int, pause: float) -> None:
-    """One conversation; raises ConnectionError for a reset, Finding for what must not be."""
+    """Hold one conversation; raises ConnectionError for a reset, Finding for what must not be."""
     loop = asyncio.get_running_loop()
+    data = struct.pack("!Q", len(data)) + data  # so that the server knows its end
     with socket.socket() as sock:
         sock.setblocking(False)
         try:

@@ -2,7 +2,8 @@
 
     python3 server.py NAME PORT
 
-- TCP: greets with `NAME\\n`, echoes up to the end of file and answers that with its own.
+- TCP: greets with `NAME\\n`, echoes up to the end of file and answers that with its own. A client
+  says first how much it will send (8 bytes); a clean end before that is printed.
 - UDP: answers each datagram with `NAME ` and the datagram.
 
 Its connections have SO_LINGER 0, from the listener on, until everything is echoed: where the process
@@ -29,8 +30,13 @@ def serve(client: socket.socket, name: bytes) -> None:
     try:
         with client:
             client.sendall(name + b"\n")
+            head, got = b"", 0
             while data := client.recv(1 << 16):
+                head += data[: 8 - len(head)]
+                got += len(data)
                 client.sendall(data)
+            if got and got != 8 + int.from_bytes(head, "big"):
+                print(f"truncated: a clean end after {got} bytes", flush=True)
             linger(client, 0)
     except OSError:
         pass  # the client left

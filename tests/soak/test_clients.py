@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.soak.clients import Asker, Finding, Tally, converse
-from tests.soak.samples import Sample, drift, has_grown
+from tests.soak.samples import Use, drift, has_grown
 
 DATA = bytes(range(256)) * 40
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -59,7 +59,7 @@ async def talk(serve: Serve, data: bytes, pause: float) -> Tally:
 
 
 def test_a_whole_conversation() -> None:
-    assert asyncio.run(talk(honest, DATA, 0)).counts["bytes"] == len(DATA) + 3
+    assert asyncio.run(talk(honest, DATA, 0)).counts["bytes"] == 3 + 8 + len(DATA)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_what_a_datagram_client_takes_for_an_answer() -> None:
 
 @pytest.mark.parametrize(("per_sample", "grown"), [(0, False), (20_000, False), (200_000, True)])
 def test_drift(per_sample: int, grown: bool) -> None:
-    samples = [Sample(n, {"parent PSS": 10_000_000 + n * per_sample}) for n in range(100)]
+    samples = [{"parent": Use(10_000_000 + n * per_sample, 9)} for n in range(100)]
     assert has_grown(*drift(samples, "parent")) is grown

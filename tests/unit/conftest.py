@@ -1,4 +1,4 @@
-"""Fixtures of the tests of discovery: an Engine of plain objects, a log, and a running Discovery."""
+"""Fixtures of the tests of source: an Engine of plain objects, a log, and a running DockerSource."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def start(world: World, log: Log) -> Iterator[Start]:
 
     def make(*targets: str, wait: bool = True, **changes: Any) -> DockerSource:
         settings: dict[str, Any] = {
-            "network": None,
             "on_change": lambda: None,
             "log": log.logger(),
-            "debounce": 0.005,
+            "debounce": 0.002,
             "own_id": lambda: None,
         }
         made = DockerSource(world.connect, targets, **(settings | changes))
         started.append(made)
         made.start()
         if wait:
-            until(lambda: made.connected and all(world.looks(target) for target in targets))
+            until(lambda: made.connected and all(world.inspects(target) for target in targets))
             settle(world)
         return made
 

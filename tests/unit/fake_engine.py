@@ -1,4 +1,4 @@
-"""An Engine made of plain objects, for the tests of the threads that follow it."""
+"""An Engine made of plain objects, for the tests of the threads that watch it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from ambassador.discovery.docker_source import DockerSource
 from ambassador.engine.api import EngineError, NoSuchContainer
-from ambassador.model import Listener
+from ambassador.model import ListenAddress
 from ambassador.values import Protocol
 
 DOCUMENTS = json.loads((Path(__file__).parent / "documents" / "engine-20.10.json").read_text())
-REDIS = frozenset({Listener(6379, Protocol.TCP)})
+REDIS = {ListenAddress(Protocol.TCP, 6379): 6379}
 GONE = EngineError("nobody listens on /x.sock", retry_is_cheap=True)
 
 
@@ -64,7 +64,7 @@ class World:
             raise self.failure
         return FakeEngine(self)
 
-    def looks(self, name: str) -> int:
+    def inspects(self, name: str) -> int:
         return self.calls.count(f"inspect {name}")
 
     def send(self, data: bytes) -> None:
@@ -133,17 +133,23 @@ class Log(logging.Handler):
 def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to be"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.001)
 
 
 def settle(world: World) -> None:
-    """Until nothing has been asked for ten debounces."""
+    """Wait until the Engine gets no request for ten debounces."""
     while True:
         before = len(world.calls)
-        time.sleep(0.05)
+        time.sleep(0.02)
         if len(world.calls) == before:
             return
+
+
+def address_of(source: DockerSource, index: int = 0) -> str | None:
+    """Where the target is reached; None: nowhere."""
+    replicas = source.targets()[index].replicas
+    return replicas[0].address if replicas else None
 
 
 Start = Callable[..., DockerSource]

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+import ipaddress
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from socket import AF_INET6, inet_ntop
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ambassador import _control
 from ambassador.control import (
     MAX_BACKENDS,
     MAX_PAYLOAD,
+    MAX_RULES,
     MAX_SLOTS,
     VERSION,
-    BadRecord,
-    Destination,
     Drain,
     Record,
     RecordType,
-    Repoint,
     Start,
-    Unpacker,
+    Update,
     pack,
 )
-from ambassador.model import Listener
+from ambassador.model import AccessRule, Backend
+from ambassador.options import ListenerOptions, Sandbox
 from ambassador.values import Protocol
+from tests.support.records import HEADER_BYTES, OPTION_ROWS, Unpacker, unpack, unpack_payload
 
-HEADER_BYTES = 16
-BACKEND_BYTES = 32
-START_BYTES = 44
-LIMITS = (
-    *("hold_ms", "connect_ms", "session_idle_ms", "max_sessions", "max_held", "pipe_bytes"),
-    *("max_connections", "idle_ms", "half_close_ms"),
-)
+COUNTS_BYTES, OPTION_BYTES, BACKEND_BYTES, RULE_BYTES = 8, 10, 36, 20
+OPTIONS_BYTES = len(OPTION_ROWS) * OPTION_BYTES
+MAX_OPTION = (1 << 32) - 1
 
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
@@ -47,55 +46,55 @@ def addresses(draw: st.DrawFn) -> str:
     if ip.version == 4:
         return str(ip)
     zone = draw(st.integers(0, (1 << 32) - 1))
-    text = inet_ntop(
-        AF_INET6, ip.packed
-    )  # as records show it: ::ffff:1.2.3.4, where str(ip) has hex
+    # As records show it: ::ffff:1.2.3.4, where str(ip) has hex.
+    text = inet_ntop(AF_INET6, ip.packed)
     return f"{text}%{zone}" if zone else text
 
 
-listeners = st.builds(Listener, ports, st.sampled_from(Protocol))
+@st.composite
+def networks(draw: st.DrawFn) -> str:
+    ip = draw(st.ip_addresses())
+    prefix = draw(st.integers(0, 32 if ip.version == 4 else 128))
+    return str(ipaddress.ip_network((ip, prefix), strict=False))
+
+
 places = st.integers(1, MAX_SLOTS).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
 starts = st.builds(
-    lambda listener, limits, gso, place: Start(
-        listener, gso=gso, slot=place[0], slots=place[1], **limits
-    ),
-    listeners,
-    st.fixed_dictionaries(dict.fromkeys(LIMITS, u32)),
-    st.booleans(),
+    lambda protocol, place, sandbox: Start(protocol, place[0], place[1], sandbox),
+    st.sampled_from(Protocol),
     places,
+    st.sampled_from(Sandbox),
 )
-destinations = st.builds(Destination, addresses(), ports, u64)
-repoints = st.builds(
-    Repoint, u64, st.lists(destinations, max_size=5).map(tuple), st.text(max_size=60)
+options = st.builds(
+    ListenerOptions,
+    **{
+        row.name: st.booleans() if isinstance(row.default, bool) else st.integers(0, MAX_OPTION)
+        for row in OPTION_ROWS.values()
+    },
+)
+backends = st.builds(Backend, addresses(), ports, weight=st.integers(0, 65535))
+rules = st.builds(AccessRule, networks(), st.booleans())
+updates = st.builds(
+    Update,
+    u64,
+    options,
+    st.lists(st.tuples(u64, backends), max_size=5).map(tuple),
+    st.lists(rules, max_size=5).map(tuple),
+    st.text(max_size=60),
 )
 drains = st.builds(Drain, u32)
-records: st.SearchStrategy[Record] = st.one_of(starts, repoints, drains)
+records: st.SearchStrategy[Record] = st.one_of(starts, updates, drains)
 
-START = Start(Listener(6379, Protocol.TCP))
-BACKEND = Destination("10.0.0.5", 6379, 7)
-REPOINT = Repoint(3, (BACKEND,), "redis")
-
-
-def unpack(data: bytes) -> list[Record]:
-    """The records in `data`, which must end with one."""
-    unpacker = Unpacker()
-    found = list(unpacker.feed(data))
-    assert unpacker.pending == 0
-    return found
+START = Start(Protocol.TCP)
+BACKEND = Backend("10.0.0.5", 6379)
+UPDATE = Update(3, backends=((7, BACKEND),), title="redis")
+OPTIONS = pack(Update(0))[HEADER_BYTES + COUNTS_BYTES :]
 
 
 def framed(kind: int, payload: bytes, generation: int = 0, **header: int) -> bytes:
-    return (
-        struct.pack(
-            "<BBHIQ",
-            header.get("version", VERSION),
-            kind,
-            header.get("reserved", 0),
-            header.get("length", len(payload)),
-            generation,
-        )
-        + payload
-    )
+    version, reserved = header.get("version", VERSION), header.get("reserved", 0)
+    length = header.get("length", len(payload))
+    return struct.pack("<BBHIQ", version, kind, reserved, length, generation) + payload
 
 
 @given(records)
@@ -129,16 +128,33 @@ def test_an_unfinished_record_waits(record: Record) -> None:
 
 
 def _read_garbage(data: bytes) -> None:
-    """Whatever is read must be what these very bytes stand for; nothing is guessed."""
-    unpacker = Unpacker()
-    consumed = b""
+    """Whatever is taken is what these very bytes say; what is refused or incomplete stays."""
+    stream = bytearray(data)
+    taken = b""
+    while True:
+        before = bytes(stream)
+        try:
+            found = _control.next_record(stream)
+        except ValueError:
+            assert stream == before
+            return
+        if found is None:
+            assert stream == before
+            assert taken + before == data
+            return
+        kind, generation, payload = found
+        taken += framed(kind, payload, generation)
+        assert taken + stream == data
+        _check_meaning(kind, generation, payload)
+
+
+def _check_meaning(kind: int, generation: int, payload: bytes) -> None:
     try:
-        for record in unpacker.feed(data):
-            consumed += pack(record)
-            assert data.startswith(consumed)
-    except BadRecord:
+        record = unpack_payload(kind, generation, payload)
+    except ValueError:  # a title that is no UTF-8, a network with host bits
+        assert kind == RecordType.UPDATE
         return
-    assert len(consumed) + unpacker.pending == len(data)
+    assert unpack(pack(record)) == [record]
 
 
 @given(st.binary(max_size=200))
@@ -152,7 +168,7 @@ def test_garbage_is_refused_or_incomplete(data: bytes) -> None:
 @given(
     st.integers(0, 5),
     st.one_of(st.just(0), u64),
-    st.one_of(st.binary(max_size=80), st.binary(min_size=START_BYTES, max_size=START_BYTES)),
+    st.one_of(st.binary(max_size=80), st.binary(min_size=6, max_size=6)),
 )
 def test_a_good_header_with_any_payload(kind: int, generation: int, payload: bytes) -> None:
     _read_garbage(framed(kind, payload, generation))
@@ -165,87 +181,151 @@ def test_a_record_with_one_wrong_byte(record: Record, data: st.DataObject) -> No
     _read_garbage(bytes(wrong))
 
 
-def _backend(version: int, address: bytes, port: int = 1, zone: int = 0, flags: int = 0) -> bytes:
-    return struct.pack("<BBHIQ16s", version, flags, port, zone, 0, address)
+def start_of(protocol: int, flags: int, slot: int = 0, slots: int = 1) -> bytes:
+    return framed(RecordType.START, struct.pack("<BBHH", protocol, flags, slot, slots))
 
 
-def start_of(port: int, protocol: int, flags: int, slot: int = 0, slots: int = 1) -> bytes:
-    return struct.pack("<HBB9IHH", port, protocol, flags, *[0] * 9, slot, slots)
+def update_of(
+    backends: Sequence[bytes] = (),
+    rules: Sequence[bytes] = (),
+    title: bytes = b"",
+    options: bytes = OPTIONS,
+    rest: bytes = b"",
+) -> bytes:
+    count = len(options) // OPTION_BYTES
+    counts = struct.pack("<HHHH", count, len(backends), len(rules), len(title))
+    payload = b"".join((counts, options, *backends, *rules, title, rest))
+    return framed(RecordType.UPDATE, payload, 1)
 
 
-def _repoint(backend: bytes, count: int = 1) -> bytes:
-    return struct.pack("<HH", count, 0) + backend
+def backend_of(
+    version: int,
+    address: bytes,
+    *,
+    port: int = 1,
+    zone: int = 0,
+    reserved: int = 0,
+    weight: int = 1,
+) -> bytes:
+    return struct.pack("<BBHIIQ16s", version, reserved, port, weight, zone, 0, address)
+
+
+def rule_of(
+    version: int, prefix: int, allow: int = 1, reserved: int = 0, address: bytes = b""
+) -> bytes:
+    return struct.pack("<BBBB16s", version, prefix, allow, reserved, address)
+
+
+def option_of(number: int, value: int = 1) -> bytes:
+    return struct.pack("<HQ", number, value)
+
+
+OTHERS = OPTIONS[OPTION_BYTES:]
+FIRST = struct.unpack_from("<H", OPTIONS)[0]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (framed(RecordType.DRAIN, b"\0" * 4, version=3), "version 3"),
+        (framed(RecordType.DRAIN, b"\0" * 4, version=2), "version 2, this worker speaks 3"),
         (framed(RecordType.DRAIN, b"\0" * 4, version=0), "version 0"),
         (framed(RecordType.DRAIN, b"\0" * 4, reserved=1), "reserved 1"),
-        (framed(RecordType.DRAIN, b"", length=MAX_PAYLOAD + 1), "length 60001"),
+        (framed(RecordType.DRAIN, b"", length=MAX_PAYLOAD + 1), "length 1048577"),
         (framed(0, b""), "unknown type 0"),
         (framed(4, b""), "unknown type 4"),
-        (framed(RecordType.DRAIN, b"\0" * 3), "type 3"),
-        (framed(RecordType.DRAIN, b"\0" * 5), "type 3"),
-        (framed(RecordType.DRAIN, b"\0" * 4, generation=1), "generation 1"),
+        (framed(RecordType.DRAIN, b"\0" * 3), "type 3 of 3"),
+        (framed(RecordType.DRAIN, b"\0" * 5), "type 3 of 5"),
+        (framed(RecordType.DRAIN, b"\0" * 4, generation=1), "type 3 with generation 1"),
         (framed(RecordType.START, pack(START)[HEADER_BYTES:], generation=1), "generation 1"),
-        (framed(RecordType.START, b""), "type 1"),
-        (framed(RecordType.START, start_of(0, 6, 0)), "port 0"),
-        (framed(RecordType.START, start_of(1, 6, 0, 2, 2)), "slot 2 of 2"),
-        (framed(RecordType.START, start_of(1, 6, 0, 0, MAX_SLOTS + 1)), "slot 0 of 65"),
-        (framed(RecordType.START, start_of(1, 132, 0)), "number 132"),
-        (framed(RecordType.START, start_of(1, 6, 8)), "unknown flags 0x8"),
-        (framed(RecordType.START, start_of(1, 6, 4)), "unknown flags 0x4"),
-        (framed(RecordType.REPOINT, b""), "type 2"),
-        (framed(RecordType.REPOINT, struct.pack("<HH", 1, 0)), "1 backends in 4 bytes"),
-        (framed(RecordType.REPOINT, struct.pack("<HH", 0, 0) + b"x"), "0 backends in 5 bytes"),
-        (framed(RecordType.REPOINT, struct.pack("<HH", 0, 9) + b"x"), "0 backends in 5 bytes"),
-        (framed(RecordType.REPOINT, struct.pack("<HH", 0, 1) + b"\xff"), "decode byte 0xff"),
-        (
-            framed(RecordType.REPOINT, _repoint(_backend(4, b"\1") * 1025, 1025)),
-            "1025 backends",
-        ),
-        (framed(RecordType.REPOINT, _repoint(_backend(5, b"\1"))), "family 5"),
-        (framed(RecordType.REPOINT, _repoint(_backend(4, b"\1", flags=1))), "flags 1"),
-        (framed(RecordType.REPOINT, _repoint(_backend(4, b"\1", port=0))), "port 0"),
-        (framed(RecordType.REPOINT, _repoint(_backend(4, b"\1\0\0\0\1"))), "more than 4 bytes"),
-        (framed(RecordType.REPOINT, _repoint(_backend(4, b"\1", zone=3))), "port 1, zone 3"),
+        (framed(RecordType.START, b""), "type 1 of 0"),
+        (framed(RecordType.START, b"\0" * 7), "type 1 of 7"),
+        (start_of(132, 0), "number 132"),
+        (start_of(6, 4), "unknown flags 0x4"),
+        (start_of(6, 2), "unknown flags 0x2"),
+        (start_of(6, 0, 2, 2), "slot 2 of 2"),
+        (start_of(6, 0, 0, 0), "slot 0 of 0"),
+        (start_of(6, 0, 0, MAX_SLOTS + 1), "slot 0 of 65"),
+        (framed(RecordType.UPDATE, b""), "type 2 of 0"),
+        (framed(RecordType.UPDATE, b"\0" * 7), "type 2 of 7"),
+        (update_of(rest=b"x"), "type 2 of 109 bytes instead of 108"),
+        (framed(RecordType.UPDATE, struct.pack("<HHHH", 0, 0, 0, 9)), "8 bytes instead of 17"),
+        (framed(RecordType.UPDATE, struct.pack("<HHHH", 0, 1, 0, 0)), "8 bytes instead of 44"),
+        (framed(RecordType.UPDATE, struct.pack("<HHHH", 0, 0, 1, 0)), "8 bytes instead of 28"),
+        (framed(RecordType.UPDATE, struct.pack("<HHHH", 65535, 0, 0, 0)), "instead of 655358"),
+        (update_of(options=b""), "0 options of 10"),
+        (update_of(options=OTHERS), "9 options of 10"),
+        (update_of(options=option_of(0) + OTHERS), "option 0 with value 1"),
+        (update_of(options=option_of(11) + OTHERS), "option 11 with value 1"),
+        (update_of(options=option_of(65535) + OTHERS), "option 65535"),
+        (update_of(options=OTHERS + OTHERS[:OPTION_BYTES]), "option 2 with"),
+        (update_of(options=option_of(FIRST, 1 << 32) + OTHERS), "value 4294967296"),
+        (update_of([backend_of(4, b"\1")] * (MAX_BACKENDS + 1)), "1025 backends and 0 rules"),
+        (update_of(rules=[rule_of(4, 0)] * (MAX_RULES + 1)), "0 backends and 16385 rules"),
+        (update_of([backend_of(5, b"\1")]), "backend of family 5"),
+        (update_of([backend_of(4, b"\1", reserved=1)]), "reserved 1"),
+        (update_of([backend_of(4, b"\1", port=0)]), "port 0"),
+        (update_of([backend_of(4, b"\1", weight=65536)]), "weight 65536"),
+        (update_of([backend_of(4, b"\1\0\0\0\1")]), "more than 4 bytes"),
+        (update_of([backend_of(4, b"\1", zone=3)]), "port 1, zone 3"),
+        (update_of(rules=[rule_of(0, 0)]), "rule of family 0"),
+        (update_of(rules=[rule_of(4, 33)]), "prefix 33"),
+        (update_of(rules=[rule_of(6, 129)]), "prefix 129"),
+        (update_of(rules=[rule_of(4, 0, allow=2)]), "allow 2"),
+        (update_of(rules=[rule_of(4, 0, reserved=1)]), "reserved 1"),
+        (update_of(rules=[rule_of(4, 0, address=b"\0" * 15 + b"\1")]), "more than 4 bytes"),
+        # A good item before a bad one does not hide it.
+        (update_of([backend_of(4, b"\1"), backend_of(7, b"\1")]), "family 7"),
+        (update_of(rules=[rule_of(4, 0), rule_of(4, 40)]), "prefix 40"),
     ],
 )
 def test_refused_records(data: bytes, reason: str) -> None:
-    with pytest.raises(BadRecord, match=reason):
-        list(Unpacker().feed(data))
+    stream = bytearray(data)
+    with pytest.raises(ValueError, match=reason):
+        _control.next_record(stream)
+    assert stream == data, "a refused record stays"
+
+
+def test_a_title_that_is_no_utf_8_is_refused_where_it_is_read() -> None:
+    with pytest.raises(ValueError, match="decode byte 0xff"):
+        unpack(update_of(title=b"\xff"))
 
 
 def test_a_wrong_header_is_refused_before_its_payload_arrives() -> None:
-    with pytest.raises(BadRecord):
-        list(Unpacker().feed(framed(RecordType.DRAIN, b"", length=MAX_PAYLOAD + 1)))
+    with pytest.raises(ValueError, match="length"):
+        unpack(framed(RecordType.DRAIN, b"", length=MAX_PAYLOAD + 1))
 
 
 def test_good_records_before_a_bad_one_are_still_read() -> None:
     stream = Unpacker().feed(pack(START) + b"\0" * HEADER_BYTES)
     assert next(stream) == START
-    with pytest.raises(BadRecord):
+    with pytest.raises(ValueError, match="version 0"):
         next(stream)
+
+
+def test_options_may_come_in_any_order() -> None:
+    """The number counts, not the place."""
+    (record,) = unpack(update_of(options=OTHERS + OPTIONS[:OPTION_BYTES]))
+    assert record == Update(1)
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        START._replace(hold_ms=-1),
-        START._replace(max_sessions=1 << 32),
         START._replace(slot=1),
+        START._replace(slot=-1),
+        START._replace(slots=0),
         START._replace(slots=MAX_SLOTS + 1),
         Drain(-1),
         Drain(1 << 32),
-        REPOINT._replace(generation=-1),
-        REPOINT._replace(generation=1 << 64),
-        Repoint(1, (BACKEND._replace(identity=1 << 64),)),
-        Repoint(1, (BACKEND._replace(identity=-1),)),
-        Repoint(1, (BACKEND._replace(address="fe80::1%eth0"),)),
-        Repoint(1, (BACKEND._replace(address="fe80::1%4294967296"),)),
-        Repoint(1, (BACKEND._replace(address="fe80::1%-1"),)),
+        UPDATE._replace(generation=-1),
+        UPDATE._replace(generation=1 << 64),
+        UPDATE._replace(options=ListenerOptions(hold=-1)),
+        Update(1, backends=((1 << 64, BACKEND),)),
+        Update(1, backends=((-1, BACKEND),)),
+        Update(1, backends=((1, replace(BACKEND, address="fe80::1%eth0")),)),
+        Update(1, backends=((1, replace(BACKEND, address="fe80::1%4294967296")),)),
+        Update(1, backends=((1, BACKEND),) * (MAX_BACKENDS + 1)),
+        Update(1, access=(AccessRule("10.0.0.0/8", True),) * (MAX_RULES + 1)),
     ],
 )
 def test_what_does_not_fit_is_a_value_error(record: Record) -> None:
@@ -253,72 +333,71 @@ def test_what_does_not_fit_is_a_value_error(record: Record) -> None:
         pack(record)
 
 
-@pytest.mark.parametrize("address", ["", "redis", "10.0.0.256", "10.0.0.5%3", "fe80::1%", "[::1]"])
-def test_a_destination_is_an_ip_literal(address: str) -> None:
-    with pytest.raises(ValueError, match=r"no IP literal|no zone|invalid literal"):
-        pack(Repoint(1, (Destination(address, 1, 0),)))
+@pytest.mark.parametrize("change", [{"address": "redis"}, {"port": 0}, {"weight": 65536}])
+def test_a_backend_out_of_range_cannot_be_made(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        replace(BACKEND, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_a_destination_has_a_port(port: int) -> None:
-    with pytest.raises(ValueError, match="not between 1 and 65535"):
-        pack(Repoint(1, (Destination("10.0.0.5", port, 0),)))
+def test_the_bounds_of_every_option_travel() -> None:
+    for row in OPTION_ROWS.values():
+        for value in {row.default, row.low or 0, row.high or 1}:
+            record = Update(1, replace(ListenerOptions(), **{row.name: type(row.default)(value)}))
+            assert unpack(pack(record)) == [record], row.name
 
 
-def test_the_most_backends() -> None:
-    backends = tuple(BACKEND._replace(identity=number) for number in range(MAX_BACKENDS))
-    title = "t" * (MAX_PAYLOAD - 4 - MAX_BACKENDS * BACKEND_BYTES)
-    record = Repoint(1, backends, title)
-    assert len(pack(record)) == HEADER_BYTES + MAX_PAYLOAD
+def test_the_most_of_everything() -> None:
+    """The most backends and rules leave room for a title; a payload over MAX_PAYLOAD cannot be packed."""
+    backends = tuple((number, BACKEND) for number in range(MAX_BACKENDS))
+    access = tuple(AccessRule(f"10.{n >> 8}.{n & 255}.0/24", n % 2 == 0) for n in range(MAX_RULES))
+    record = Update(1, ListenerOptions(), backends, access, "t" * 65535)
     assert unpack(pack(record)) == [record]
-    with pytest.raises(ValueError, match="is over 60000"):
-        pack(record._replace(title=title + "t"))
+    most = COUNTS_BYTES + OPTIONS_BYTES + MAX_BACKENDS * BACKEND_BYTES + MAX_RULES * RULE_BYTES
+    assert most + 65535 <= MAX_PAYLOAD
     with pytest.raises(ValueError, match="1025 backends are over 1024"):
-        pack(Repoint(1, (*backends, BACKEND)))
-
-
-def test_a_full_record_fits_an_empty_pipe() -> None:
-    assert HEADER_BYTES + MAX_PAYLOAD <= 65_536
+        pack(record._replace(backends=(*backends, (0, BACKEND))))
+    with pytest.raises(ValueError, match="16385 access rules are over 16384"):
+        pack(record._replace(access=(*access, access[0])))
 
 
 def test_the_longest_title_is_counted_in_bytes() -> None:
-    longest = "\u00e9" * ((MAX_PAYLOAD - 4) // 2)
-    assert unpack(pack(Repoint(1, (), longest))) == [Repoint(1, (), longest)]
-    for too_long in (longest + "e", "\u00e9" * 32_768):  # the second exceeds its length field too
-        with pytest.raises(ValueError):
-            pack(Repoint(1, (), too_long))
+    longest = "\u00e9" * 32_767
+    assert unpack(pack(Update(1, title=longest))) == [Update(1, title=longest)]
+    with pytest.raises(ValueError, match="does not fit"):
+        pack(Update(1, title="\u00e9" * 32_768))
 
 
 def test_a_title_that_is_no_unicode_travels_escaped() -> None:
-    (record,) = unpack(pack(Repoint(1, (), "a\udc80b")))
-    assert record == Repoint(1, (), "a\\udc80b")
+    assert unpack(pack(Update(1, title="a\udc80b"))) == [Update(1, title="a\\udc80b")]
 
 
 @pytest.mark.parametrize("address", ["fe80::1%1", "fe80::1%4294967295", "::", "::ffff:1.2.3.4"])
 def test_addresses_and_their_zones(address: str) -> None:
-    (record,) = unpack(pack(Repoint(1, (Destination(address, 1, 0),))))
-    assert isinstance(record, Repoint)
-    assert int(record.backends[0].address.partition("%")[2] or 0) == int(
-        address.partition("%")[2] or 0
-    )
-    assert pack(record) == pack(Repoint(1, (Destination(address, 1, 0),)))
+    record = Update(1, backends=((0, Backend(address, 1)),))
+    assert unpack(pack(record)) == [record]
 
 
 def test_the_bytes_of_a_record_are_fixed() -> None:
     """The format is a contract between two processes: a change needs a new VERSION."""
     assert pack(Drain(500)).hex(" ") == (
-        "02 03 00 00 04 00 00 00 00 00 00 00 00 00 00 00 f4 01 00 00"
+        "03 03 00 00 04 00 00 00 00 00 00 00 00 00 00 00 f4 01 00 00"
     )
-    assert pack(REPOINT).hex(" ") == (
-        "02 02 00 00 29 00 00 00 03 00 00 00 00 00 00 00"
-        " 01 00 05 00 72 65 64 69 73"
-        " 04 00 eb 18 00 00 00 00 07 00 00 00 00 00 00 00"
+    assert pack(Start(Protocol.UDP, 5, 7, Sandbox.REQUIRED)).hex(" ") == (
+        "03 01 00 00 06 00 00 00 00 00 00 00 00 00 00 00 11 03 05 00 07 00"
+    )
+    access = (AccessRule("10.0.0.0/8", True), AccessRule("fe80::/10", False))
+    backend = replace(BACKEND, weight=2)
+    assert pack(Update(3, backends=((7, backend),), access=access, title="redis")).hex(" ") == (
+        "03 02 00 00 bd 00 00 00 03 00 00 00 00 00 00 00"
+        " 0a 00 01 00 02 00 05 00"
+        " 01 00 10 27 00 00 00 00 00 00 02 00 00 00 00 00 00 00 00 00"
+        " 03 00 00 00 00 00 00 00 00 00 04 00 00 00 00 00 00 00 00 00"
+        " 05 00 90 5f 01 00 00 00 00 00 06 00 00 40 00 00 00 00 00 00"
+        " 07 00 88 13 00 00 00 00 00 00 08 00 00 10 00 00 00 00 00 00"
+        " 09 00 00 00 10 00 00 00 00 00 0a 00 01 00 00 00 00 00 00 00"
+        " 04 00 eb 18 02 00 00 00 00 00 00 00 07 00 00 00 00 00 00 00"
         " 0a 00 00 05 00 00 00 00 00 00 00 00 00 00 00 00"
-    )
-    start = START._replace(pipe_bytes=1, max_connections=2, idle_ms=3, half_close_ms=4)
-    assert pack(start._replace(slot=5, slots=7)).hex(" ") == (
-        "02 01 00 00 2c 00 00 00 00 00 00 00 00 00 00 00"
-        " eb 18 06 03 10 27 00 00 88 13 00 00 90 5f 01 00"
-        " 00 40 00 00 00 10 00 00 01 00 00 00 02 00 00 00"
-        " 03 00 00 00 04 00 00 00 05 00 07 00"
+        " 04 08 01 00 0a 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00"
+        " 06 0a 00 00 fe 80 00 00 00 00 00 00 00 00 00 00 00 00 00 00"
+        " 72 65 64 69 73"
     )

@@ -1,4 +1,4 @@
-"""Reading inspect documents: ports, identity, the ambassador's own place."""
+"""Reading inspect documents: ports, identity, state and networks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from hypothesis import strategies as st
 
 from ambassador.discovery.documents import (
     attachments,
-    container_id,
     drivers_of,
-    exposed_listeners,
+    exposed_ports,
     is_running,
     is_target,
-    joined_reference,
-    needs_drivers,
-    own_container_id,
-    own_networks_of,
+    network_owner_reference,
     started_after,
 )
+from ambassador.discovery.own_networks import own_networks_of
 from ambassador.discovery.target_address import target_state
-from ambassador.model import Listener
+from ambassador.model import ListenAddress
 from ambassador.values import Protocol
 
 DOCUMENTS = Path(__file__).parent / "documents"
@@ -38,9 +35,9 @@ def load(engine: str) -> dict[str, Any]:
     return loaded
 
 
-def listeners(*texts: str) -> frozenset[Listener]:
+def listeners(*texts: str) -> dict[ListenAddress, int]:
     pairs = (text.split("/") for text in texts)
-    return frozenset(Listener(int(port), Protocol(protocol)) for port, protocol in pairs)
+    return {ListenAddress(Protocol(protocol), int(port)): int(port) for port, protocol in pairs}
 
 
 def ports(config: object = None, settings: object = None) -> dict[str, Any]:
@@ -52,12 +49,12 @@ def ports(config: object = None, settings: object = None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ports_of_a_real_document(engine: str) -> None:
-    exposed = exposed_listeners(load(engine)["user-network"])
-    assert exposed.listeners == listeners(
+    exposed = exposed_ports(load(engine)["user-network"])
+    assert exposed.ports == listeners(
         "53/udp", "80/tcp", "6379/tcp", "8000/tcp", "8001/tcp", "8002/tcp"
     )
     assert exposed.skipped == ("3868/sctp",)
-    assert exposed_listeners(load(engine)["exposes-nothing"]) == (frozenset(), ())
+    assert exposed_ports(load(engine)["exposes-nothing"]) == ({}, ())
 
 
 @pytest.mark.parametrize(
@@ -75,19 +72,19 @@ def test_ports_of_a_real_document(engine: str) -> None:
         (ports({"0/tcp": {}, "65536/tcp": {}, "5/tcp": {}}), listeners("5/tcp")),
         (ports({"": {}, "x/tcp": {}, "-1/tcp": {}, "9-/tcp": {}, "5/tcp": {}}), listeners("5/tcp")),
         (ports({"9-8/tcp": {}, "5/tcp": {}, "\uff16/tcp": {}, "7/tcp\n": {}}), listeners("5/tcp")),
-        (ports([], "x"), frozenset()),
-        (ports(), frozenset()),
-        ({}, frozenset()),
-        ({"Config": None, "NetworkSettings": None}, frozenset()),
-        ({"Config": [1], "NetworkSettings": 7}, frozenset()),
+        (ports([], "x"), {}),
+        (ports(), {}),
+        ({}, {}),
+        ({"Config": None, "NetworkSettings": None}, {}),
+        ({"Config": [1], "NetworkSettings": 7}, {}),
     ],
 )
-def test_exposed_listeners(document: dict[str, Any], expected: frozenset[Listener]) -> None:
-    assert exposed_listeners(document).listeners == expected
+def test_exposed_ports(document: dict[str, Any], expected: dict[ListenAddress, int]) -> None:
+    assert exposed_ports(document).ports == expected
 
 
 def test_sctp_is_reported_once_and_not_relayed() -> None:
-    exposed = exposed_listeners(ports({"9/sctp": {}, "9/tcp": {}}, {"9/sctp": None}))
+    exposed = exposed_ports(ports({"9/sctp": {}, "9/tcp": {}}, {"9/sctp": None}))
     assert exposed == (listeners("9/tcp"), ("9/sctp",))
 
 
@@ -121,11 +118,11 @@ def test_is_target(target: str, name: str, ident: str, accepted: bool) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_joined_reference_leads_to_its_container(engine: str) -> None:
+def test_network_owner_reference_leads_to_its_container(engine: str) -> None:
     documents = load(engine)
-    reference = joined_reference(documents["joined"])
+    reference = network_owner_reference(documents["joined"])
     assert reference is not None and is_target(documents["user-network"], reference)
-    assert joined_reference(documents["user-network"]) is None
+    assert network_owner_reference(documents["user-network"]) is None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -196,77 +193,6 @@ def test_old_podman_fills_the_top_level_only() -> None:
     assert (place.address, place.gateway) == ("10.88.0.6", "10.88.0.1")
 
 
-# --- the ambassador's own place ----------------------------------------------------------------
-
-MOUNT = "424 407 254:0 {root} {point} rw,relatime - ext4 /dev/vda rw\n"
-
-
-@pytest.mark.parametrize(
-    ("mountinfo", "cgroup", "expected"),
-    [
-        (
-            "".join(
-                MOUNT.format(root=f"/var/lib/docker/containers/{ID}/{name}", point=f"/etc/{name}")
-                for name in ("resolv.conf", "hostname", "hosts")
-            ),
-            "0::/\n",
-            ID,
-        ),
-        (MOUNT.format(root=f"/containers/{ID}/hosts", point="/etc/hosts"), "", ID),
-        (
-            MOUNT.format(
-                root=f"/containers/storage/overlay-containers/{ID}/userdata/hostname",
-                point="/etc/hostname",
-            ),
-            "0::/\n",
-            ID,
-        ),
-        # The mounts are surer than the cgroup, and /etc/hostname is surest: hosts may be shared.
-        (
-            MOUNT.format(root=f"/containers/{OTHER_ID}/hosts", point="/etc/hosts")
-            + MOUNT.format(root=f"/containers/{ID}/hostname", point="/etc/hostname"),
-            f"3:cpu:/docker/{OTHER_ID}\n",
-            ID,
-        ),
-        ("", f"12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n", ID),
-        ("", f"1:name=systemd:/system.slice/docker-{ID}.scope\n", ID),
-        ("", f"1:cpu:/machine.slice/libpod-{ID}.scope/container\n", ID),
-        # A host: its containers' directories, mounted elsewhere, say nothing about itself.
-        (
-            MOUNT.format(root=f"/containers/{ID}/mounts/shm", point="/var/lib/docker/shm"),
-            "0::/",
-            None,
-        ),
-        (MOUNT.format(root=f"/containers/{ID}/hostname", point="/mnt/hostname"), "", None),
-        ("30 1 8:1 / / rw - ext4 /dev/sda1 rw\n", "0::/user.slice/user-0.slice\n", None),
-        ("junk\n\n1 2\n", "junk", None),
-        ("", "", None),
-    ],
-)
-def test_own_container_id(mountinfo: str, cgroup: str, expected: str | None) -> None:
-    assert own_container_id(mountinfo, cgroup) == expected
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_own_networks(engine: str) -> None:
-    documents = load(engine)
-    default = own_networks_of(documents["ambassador-default"])
-    assert not default.host and len(default.attachments) == 1
-    assert (
-        default.network_owner
-        == default.container_id
-        == container_id(documents["ambassador-default"])
-    )
-    host = own_networks_of(documents["ambassador-host"])
-    assert host.host and host.container_id == container_id(documents["ambassador-host"])
-    joined = own_networks_of(documents["joined"], documents["user-network"])
-    assert joined.container_id == container_id(documents["joined"])
-    assert joined.network_owner == container_id(documents["user-network"])
-    assert [a.network for a in joined.attachments] == ["back"]
-    nowhere = own_networks_of(None)
-    assert nowhere.host and nowhere.container_id is None
-
-
 def test_drivers() -> None:
     networks = json.loads((DOCUMENTS / "networks-20.10.json").read_text())
     drivers = drivers_of(networks)
@@ -274,15 +200,6 @@ def test_drivers() -> None:
     assert drivers["back"] == drivers[back["Id"]] == "bridge"
     assert drivers["none"] == "null"
     assert drivers_of([None, 3, {}, {"Id": 4, "Driver": "x"}]) == {}
-
-
-def test_drivers_are_asked_for_only_where_they_decide() -> None:
-    documents = load("engine-20.10")
-    on_host, inside = own_networks_of(None), own_networks_of(documents["ambassador-user"])
-    assert needs_drivers(documents["two-networks"], on_host, None)
-    assert not needs_drivers(documents["two-networks"], on_host, "back")
-    assert not needs_drivers(documents["default-bridge"], on_host, None)
-    assert not needs_drivers(documents["two-networks"], inside, None)
 
 
 # --- any JSON at all ---------------------------------------------------------------------------
@@ -302,7 +219,7 @@ JSON = st.recursive(
 @given(document=st.dictionaries(KEYS, JSON), own=st.none() | st.dictionaries(KEYS, JSON))
 def test_no_document_makes_it_raise(document: dict[str, Any], own: dict[str, Any] | None) -> None:
     own_networks = own_networks_of(own)
-    state = target_state("web", document, own_networks, joined=own)
+    state = target_state("web", document, own_networks, network_owner=own)
     assert state.target == "web"
     assert "\n" not in state.problem
     is_target(document, "web")

@@ -1,12 +1,15 @@
-"""The Docker client against a small HTTP server on a Unix socket that answers as it is told."""
+"""The Docker client against a small HTTP server on a Unix socket that answers as a test wants."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from ambassador.engine.api import EngineError, NoSuchContainer
-from ambassador.engine.client import DockerEngine, connect_engine
+from ambassador.engine.client import MAX_KEPT_CONNECTIONS, DockerEngine, connect_engine
 
 Answer = Callable[["Handler"], None]
 
@@ -22,6 +25,12 @@ Answer = Callable[["Handler"], None]
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server | TcpServer
+
+    def setup(self) -> None:
+        self.server.connections += 1
+        if isinstance(self.server, TcpServer):
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().setup()
 
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
@@ -56,19 +65,23 @@ def usual_answers() -> dict[str, Answer]:
 
 class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, path: str) -> None:
         super().__init__(path, Handler)
         self.asked: list[str] = []
+        self.connections = 0
         self.answers = usual_answers()
 
 
 class TcpServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
+        self.connections = 0
         self.answers = usual_answers()
 
 
@@ -82,6 +95,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def connect(server: Server, timeout: float = 5.0) -> DockerEngine:
     return connect_engine(f"unix://{server.server_address!s}", timeout=timeout)
+
+
+def connect_any(server: Server | TcpServer) -> DockerEngine:
+    where = server.server_address
+    host = f"tcp://127.0.0.1:{where[1]}" if isinstance(where, tuple) else f"unix://{where!s}"
+    return connect_engine(host, timeout=30)
 
 
 def says(status: int, body: bytes) -> Answer:
@@ -175,7 +194,7 @@ def test_no_such_container(server: Server, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "../info", "web/json?x=", "a\nb", "☃", "", "-a", "/"])
 def test_a_name_that_no_container_has_is_not_asked_for(server: Server, name: str) -> None:
-    """S3, I3: the path of a request is never made of what is no name."""
+    """S3, I3: only a valid name goes into the path of a request."""
     engine = connect(server)
     asked = list(server.asked)
     with pytest.raises(NoSuchContainer):
@@ -187,9 +206,12 @@ def test_a_name_that_no_container_has_is_not_asked_for(server: Server, name: str
     ("answer", "words"),
     [
         (says(403, b"<html>no</html>"), r"forbids GET /containers/web/json \(403\).*CONTAINERS"),
-        (says(404, b"<html>not here</html>"), "with 404.*is this a Docker Engine"),
-        (says(404, b'{"message":"page not found"}'), "is this a Docker Engine"),
-        (says(500, b'{"message":"a\\nb"}'), "answers GET /containers/web/json with 500: a$"),
+        (says(404, b"<html>not here</html>"), "with 404.*: check that -sock names a Docker Engine"),
+        (says(404, b'{"message":"page not found"}'), "check that -sock names a Docker Engine"),
+        (
+            says(500, b'{"message":"a\\nb"}'),
+            "answers GET /containers/web/json with 500: a: see the daemon's log$",
+        ),
         (says(200, b"junk"), "GET /containers/web/json failed"),
         (says(200, b"[]"), "no JSON object"),
         (says(200, b"\xff\xfe{"), "GET /containers/web/json failed"),
@@ -221,6 +243,48 @@ def test_tcp_is_asked_directly_whatever_proxy_the_environment_names(
     assert made.asked[0] == "GET /_ping" and len(made.asked) == 2
 
 
+# --- kept connections --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[Server, TcpServer])
+def any_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server | TcpServer]:
+    with request.param(str(tmp_path / "s")) if request.param is Server else TcpServer() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+def test_one_connection_serves_every_path(any_server: Server | TcpServer) -> None:
+    any_server.answers["/json"] = says(200, b"{}")
+    engine = connect_any(any_server)
+    engine.ping()
+    before = any_server.connections
+    for number in range(100):
+        engine.inspect_container(f"web{number}")
+    assert any_server.connections == before
+
+
+def test_as_many_connections_are_kept_as_promised(any_server: Server | TcpServer) -> None:
+    """All at once, twice: the second time no request needs a new connection."""
+    count = MAX_KEPT_CONNECTIONS
+    together = threading.Barrier(count)
+
+    def answer(handler: Handler) -> None:
+        together.wait(20)
+        handler.send(200, b"{}")
+
+    any_server.answers["/json"] = answer
+    engine = connect_any(any_server)
+    made = []
+    for _ in range(2):
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(engine.inspect_container, [f"web{n}" for n in range(count)]))
+        made.append(any_server.connections)
+    assert made[0] >= count
+    assert made[1] == made[0]
+    engine.close()
+
+
 # --- the event stream --------------------------------------------------------------------------
 
 
@@ -234,7 +298,8 @@ def chunks(*pieces: bytes, end: bool = True, hold: threading.Event | None = None
         if hold is not None:
             hold.wait(5)
         if end:
-            handler.wfile.write(b"0\r\n\r\n")
+            with contextlib.suppress(BrokenPipeError):
+                handler.wfile.write(b"0\r\n\r\n")
         handler.close_connection = True
 
     return answer

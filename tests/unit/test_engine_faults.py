@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +17,14 @@ import pytest
 from ambassador.discovery.docker_source import DockerSource
 from ambassador.discovery.events import MAX_RECORD
 from ambassador.engine.client import connect_engine
-from tests.unit.fake_engine import Log, Start, World, container, event, settle, until
+from tests.unit.fake_engine import Log, Start, World, address_of, container, event, settle, until
 from tests.unit.test_engine import Handler, Server, says, server, usual_answers
 
 __all__ = ["server"]  # the fixture
 
 DAY_NS = 86_400 * 10**9
-BORN = "2026-01-01T00:00:00.5Z"
-BORN_NS = 1_767_225_600_500_000_000
+STARTED = "2026-01-01T00:00:00.5Z"
+STARTED_NS = 1_767_225_600_500_000_000
 
 
 def happened(action: str, ident: str, at: int) -> bytes:
@@ -36,11 +33,11 @@ def happened(action: str, ident: str, at: int) -> bytes:
 
 
 def test_300_events_while_disconnected(world: World, start: Start) -> None:
-    """D5: the Engine replays 256 of them at most; what is taken is what inspect says, after one look."""
-    document = container("web", StartedAt=BORN)
+    """D5: the Engine replays 256 of them at most; one inspect gives the state."""
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
-    discovery = start("web", on_change=lambda: changes.append(None))
+    source = start("web", on_change=lambda: changes.append(None))
     changes.clear()
     connect, go_on = world.connect, threading.Event()
 
@@ -48,7 +45,7 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
         go_on.wait(5)
         return connect()
 
-    discovery._connect = connect_later
+    source._connect = connect_later
     world.streams[-1].close()
     until(lambda: len(world.streams) == 1)
     # 150 times it dies and starts; what the replay still has of that ends with a death.
@@ -57,67 +54,66 @@ def test_300_events_while_disconnected(world: World, start: Start) -> None:
     )
     replay = []
     for number in range(150):
-        at = BORN_NS + number * 10**9
+        at = STARTED_NS + number * 10**9
         replay += [happened("start", document["Id"], at), happened("die", document["Id"], at + 1)]
     world.calls.clear()
     go_on.set()
     until(lambda: len(world.streams) == 2)
-    until(lambda: discovery.states()[0].address == "10.0.0.99")
-    assert world.looks("web") == 1
+    until(lambda: address_of(source) == "10.0.0.99")
+    assert world.inspects("web") == 1
     for piece in replay[-256:]:
         world.send(piece)
     settle(world)
     assert len(changes) == 1, "an old death was taken for news"
-    assert discovery.states()[0].address == "10.0.0.99"
+    assert address_of(source) == "10.0.0.99"
 
 
 def test_duplicate_reordered_and_future_events(world: World, start: Start) -> None:
     """D11: whatever the order, the number and the dates: in the end it is as inspect says."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
-    discovery = start("web", debounce=0.0)
+    source = start("web", debounce=0.0)
     ident, dice = document["Id"], random.Random(11)
     for number in range(2, 12):
         address = f"10.0.0.{number}"
-        world.containers["web"] = container("web", address, StartedAt=BORN, Pid=number)
+        world.containers["web"] = container("web", address, StartedAt=STARTED, Pid=number)
         pieces = [
-            happened(action, ident, BORN_NS + offset)
+            happened(action, ident, STARTED_NS + offset)
             for action in ("die", "stop", "start", "restart")
             for offset in (-DAY_NS, 0, 1, DAY_NS)
         ] * 2
         dice.shuffle(pieces)
         for piece in pieces:
             world.send(piece)
-        until(lambda address=address: discovery.states()[0].address == address)  # type: ignore[misc]
+        until(lambda address=address: address_of(source) == address)  # type: ignore[misc]
         settle(world)
-        assert discovery.states()[0].address == address
+        assert address_of(source) == address
 
 
 def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -> None:
     """D11: the old run's death, told late and twice, does not touch the new run's connections."""
-    document = container("web", StartedAt=BORN)
+    document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
-    discovery = start("web", on_change=lambda: changes.append(None))
+    source = start("web", on_change=lambda: changes.append(None))
     world.containers["web"] = container("web", "10.0.0.9", StartedAt="2026-01-01T00:00:09Z")
     changes.clear()
-    world.send(happened("start", document["Id"], BORN_NS + 9 * 10**9))
-    until(lambda: discovery.states()[0].address == "10.0.0.9")
+    world.send(happened("start", document["Id"], STARTED_NS + 9 * 10**9))
+    until(lambda: address_of(source) == "10.0.0.9")
     for _ in range(2):
-        world.send(happened("die", document["Id"], BORN_NS + 5 * 10**9))
+        world.send(happened("die", document["Id"], STARTED_NS + 5 * 10**9))
         settle(world)
     assert len(changes) == 1
-    assert discovery.states()[0].address == "10.0.0.9"
+    assert address_of(source) == "10.0.0.9"
 
 
 # --- garbled streams over a real socket ----------------------------------------------------------
 
 
-def follow(server: Server, log: Log) -> DockerSource:
+def source_of(server: Server, log: Log) -> DockerSource:
     return DockerSource(
         lambda: connect_engine(f"unix://{server.server_address!s}"),
         ["web"],
-        network=None,
         on_change=lambda: None,
         log=log.logger(),
         debounce=0.0,
@@ -172,13 +168,13 @@ def test_garbled_events(server: Server, kind: str) -> None:
     server.answers["/web/json"] = lambda handler: handler.send(
         200, json.dumps(container("web", address[0])).encode()
     )
-    discovery = follow(server, log)
-    discovery.start()
+    source = source_of(server, log)
+    source.start()
     try:
-        until(lambda: discovery.states()[0].address == "10.0.0.2")
+        until(lambda: address_of(source) == "10.0.0.2")
         tracemalloc.start()
         more.set()
-        until(lambda: discovery.states()[0].address == "10.0.0.7")
+        until(lambda: address_of(source) == "10.0.0.7")
         _, peak = tracemalloc.get_traced_memory()
         assert peak < 16 * MAX_RECORD
         assert sum("/events" in line for line in server.asked) == 1, "the stream was given up"
@@ -186,7 +182,7 @@ def test_garbled_events(server: Server, kind: str) -> None:
     finally:
         tracemalloc.stop()
         done.set()
-        discovery.stop()
+        source.stop()
 
 
 # --- answers that are none -----------------------------------------------------------------------
@@ -198,38 +194,29 @@ def test_garbled_events(server: Server, kind: str) -> None:
         ("/events", 403, "forbids GET /events (403): allow it there (in a docker-socket-proxy: "),
         ("/web/json", 403, "forbids GET /containers/web/json (403): allow it there"),
         ("/web/json", 500, "answers GET /containers/web/json with 500: out of order"),
-        ("/web/json", 404, "GET /containers/web/json with 404: page not found: is this a Docker"),
+        ("/web/json", 404, "GET /containers/web/json with 404: page not found: check that -sock"),
         ("/_ping", 500, "answers GET /_ping with 500: out of order"),
         ("/events", 500, "answers GET /events with 500: out of order"),
     ],
 )
 def test_an_answer_that_is_none(server: Server, path: str, status: int, words: str) -> None:
-    """D9: the program says in one line which endpoint it is and what to do, and goes on trying."""
+    """D9: one line says which endpoint it is and what to do, and the source goes on trying."""
     said = "page not found" if status == 404 else "out of order"
     server.answers = usual_answers() | {
         "/events": lambda handler: chunked(handler, lambda: iter([event("x")])),
         "/web/json": says(200, json.dumps(container("web")).encode()),
         path: says(status, json.dumps({"message": said}).encode()),
     }
-    command = [sys.executable, "-m", "ambassador", "-sock", str(server.server_address)]
-    with subprocess.Popen(
-        [*command, "-name", "web"],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    ) as program:
-        try:
-            assert program.stderr is not None
-            for line in program.stderr:
-                if "level=warning" in line:
-                    break
-            assert words in line.replace('\\"', '"')
-            assert str(server.server_address) in line
-            before = len(server.asked)
-            until(lambda: len(server.asked) > before + 1)
-            assert program.poll() is None
-        finally:
-            program.terminate()
-            rest = program.stderr.read() if program.stderr else ""
-    assert words not in rest, "said twice"
-    assert program.returncode == 0
+    log = Log()
+    source = source_of(server, log)
+    source.start()
+    try:
+        until(lambda: log.having("WARNING"))
+        (line,) = log.having("WARNING")
+        assert words in line
+        assert str(server.server_address) in line
+        before = len(server.asked)
+        until(lambda: len(server.asked) > before + 1)
+        assert len(log.having(words)) == 1, "logged twice"
+    finally:
+        source.stop()

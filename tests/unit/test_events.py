@@ -1,4 +1,4 @@
-"""Parsing the event stream however it is cut, and whom an event concerns."""
+"""Parsing an event stream that is cut anywhere, and the containers of an event."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.backoff import Backoff
 from ambassador.discovery.events import FILTERS, EventParser, Subject, death, subject
 
 RECORDED = (Path(__file__).parent / "documents" / "events-20.10.jsonl").read_bytes()
@@ -68,7 +67,7 @@ def test_deep_nesting_is_junk_not_a_crash() -> None:
     assert parsed(b"[" * 100_000 + b"\n" + b'{"a":1}\n') == [None, {"a": 1}]
 
 
-# --- whom an event is about --------------------------------------------------------------------
+# --- the containers of an event -----------------------------------------------------------------
 
 
 def container_event(**changes: Any) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def test_podmans_network_event_has_the_container_as_its_id() -> None:
         {"Type": "network", "Actor": {"ID": "n", "Attributes": {"container": {}}}},
     ],
 )
-def test_what_is_not_understood_might_concern_anybody(event: object) -> None:
+def test_an_unknown_event_concerns_every_target(event: object) -> None:
     assert subject(event) is None
 
 
@@ -141,23 +140,7 @@ def test_filters() -> None:
     assert FILTERS["type"] == ["container", "network"]
 
 
-# --- backoff -----------------------------------------------------------------------------------
-
-
-def test_backoff_doubles_up_to_its_cap_and_starts_anew() -> None:
-    backoff = Backoff(1.0, 5.0, fraction=lambda: 0.0)
-    assert [backoff.next() for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
-    assert backoff.next(cap=2.0) == 2.0
-    assert backoff.next(cap=100.0) == 5.0
-    backoff.reset()
-    assert backoff.next() == 1.0
-
-
-def test_backoff_varies_between_half_and_whole() -> None:
-    assert Backoff(1.0, 5.0, fraction=lambda: 1.0).next() == 0.5
-    delays = {Backoff(1.0, 5.0).next() for _ in range(50)}
-    assert len(delays) > 1 and all(0.5 <= delay <= 1.0 for delay in delays)
-
+# --- deaths ---------------------------------------------------------------------------------------
 
 DIE = {
     "Type": "container",

@@ -8,23 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.model import Backend, DesiredState, Listener, Route, TargetState
+from ambassador.model import (
+    AccessRule,
+    Backend,
+    DesiredState,
+    ListenAddress,
+    ListenerSpec,
+    TargetState,
+)
 from ambassador.values import Protocol
 
-LISTENER = Listener(6379, Protocol.TCP)
+LISTEN = ListenAddress(Protocol.TCP, 6379)
 BACKEND = Backend("172.17.0.3", 6379, "c1", "2026-11-22T23:00:00Z")
 
 
 @pytest.mark.parametrize("port", [1, 65535])
 def test_the_ends_of_the_range_of_ports(port: int) -> None:
-    assert Listener(port, Protocol.UDP).port == port
+    assert ListenAddress(Protocol.UDP, port).first_port == port
     assert Backend("10.0.0.5", port).port == port
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
 def test_other_ports_cannot_be_said(port: int) -> None:
     with pytest.raises(ValueError, match="not between 1 and 65535"):
-        Listener(port, Protocol.TCP)
+        ListenAddress(Protocol.TCP, port)
     with pytest.raises(ValueError, match="not between 1 and 65535"):
         Backend("10.0.0.5", port)
 
@@ -48,22 +55,42 @@ def test_any_ip_address_is_one(address: object, port: int) -> None:
 
 
 def test_how_they_are_written() -> None:
-    assert str(LISTENER) == "6379/tcp"
-    assert str(Listener(53, Protocol.UDP)) == "53/udp"
+    assert str(LISTEN) == "6379/tcp"
+    assert str(ListenAddress(Protocol.UDP, 30000, 30010)) == "30000-30010/udp"
+    assert str(ListenAddress(Protocol.TCP, 80, address="127.0.0.1")) == "127.0.0.1:80/tcp"
+    assert str(ListenAddress(Protocol.UDP, 53, 54, "::1")) == "[::1]:53-54/udp"
     assert str(BACKEND) == "172.17.0.3:6379"
     assert str(Backend("fe80::1%2", 53)) == "[fe80::1%2]:53"
 
 
-def test_listeners_are_in_order_of_port_and_protocol() -> None:
-    tcp, udp = Listener(53, Protocol.TCP), Listener(53, Protocol.UDP)
-    assert sorted([LISTENER, udp, tcp]) == [tcp, udp, LISTENER]
+def test_a_range_does_not_run_backwards() -> None:
+    assert ListenAddress(Protocol.UDP, 53) == ListenAddress(Protocol.UDP, 53, 53)
+    with pytest.raises(ValueError, match="run backwards"):
+        ListenAddress(Protocol.UDP, 54, 53)
+
+
+def test_only_an_ip_literal_is_listened_on() -> None:
+    with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
+        ListenAddress(Protocol.TCP, 80, address="localhost")
+
+
+@pytest.mark.parametrize("weight", [-1, 65536])
+def test_weights_have_bounds(weight: int) -> None:
+    with pytest.raises(ValueError, match="not between 0 and 65535"):
+        Backend("10.0.0.5", 1, weight=weight)
+
+
+@pytest.mark.parametrize("network", ["10.0.0.1/8", "10.0.0.0/33", "everybody"])
+def test_a_rule_is_of_a_network(network: str) -> None:
+    with pytest.raises(ValueError, match=r"network|host bits"):
+        AccessRule(network, allow=True)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"started_at": "2026-11-22T23:00:01Z"},
-        {"container_id": "c2"},
+        {"run": "2026-11-22T23:00:01Z"},
+        {"container": "c2"},
         {"address": "172.17.0.4"},
         {"port": 6380},
     ],
@@ -75,7 +102,7 @@ def test_a_backend_is_one_run_of_one_container(change: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [LISTENER, BACKEND, Route(LISTENER, "redis"), TargetState("redis"), DesiredState()],
+    [LISTEN, BACKEND, ListenerSpec(LISTEN, "redis"), TargetState("redis"), DesiredState()],
     ids=lambda value: type(value).__name__,
 )
 def test_nothing_changes(value: object) -> None:
@@ -87,4 +114,4 @@ def test_nothing_changes(value: object) -> None:
 
 def test_an_empty_desired_state_cannot_be_filled() -> None:
     with pytest.raises(TypeError):
-        DesiredState().routes[LISTENER] = Route(LISTENER, "redis")  # type: ignore[index]
+        DesiredState().listeners[LISTEN] = ListenerSpec(LISTEN, "redis")  # type: ignore[index]

@@ -2,124 +2,283 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.model import Backend, Listener, Route, TargetState
+from ambassador.model import (
+    AccessRule,
+    Backend,
+    ListenAddress,
+    ListenerSpec,
+    Replica,
+    TargetState,
+)
+from ambassador.options import Change, ListenerOptions, Row, rows
+from ambassador.reconcile import (
+    MAX_LISTENERS,
+    Action,
+    Close,
+    Open,
+    Replace,
+    Update,
+    merge,
+    plan,
+)
 from ambassador.values import Protocol
-from ambassador.reconcile import MAX_LISTENERS, Repoint, Start, Stop, merge, plan
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
-REDIS, DNS, DNS_TCP = Listener(6379, TCP), Listener(53, UDP), Listener(53, TCP)
+REDIS, DNS, DNS_TCP = ListenAddress(TCP, 6379), ListenAddress(UDP, 53), ListenAddress(TCP, 53)
+DEFAULTS = ListenerOptions(hold=1234)
 
 
 def target(
-    name: str, *exposed: Listener, address: str | None = "10.0.0.2", run: str = "1"
+    name: str, *listens: ListenAddress, address: str | None = "10.0.0.2", run: str = "1"
 ) -> TargetState:
-    return TargetState(name, frozenset(exposed), address, f"id-of-{name}", run)
+    """A target that wants these listeners, each on the port of the same number; no address: it is away."""
+    replicas = (Replica(f"id-of-{name}", run, address),) if address else ()
+    return TargetState(name, ports={each: each.first_port for each in listens}, replicas=replicas)
+
+
+def listeners(*targets: TargetState) -> Mapping[ListenAddress, ListenerSpec]:
+    return merge(targets, DEFAULTS).listeners
+
+
+# ----------------------------------------------------------------------------------------------- merge
 
 
 def test_one_target_one_port() -> None:
-    desired = merge([target("redis", REDIS)])
+    desired = merge([target("redis", REDIS)], DEFAULTS)
     backend = Backend("10.0.0.2", 6379, "id-of-redis", "1")
-    assert desired.routes == {REDIS: Route(REDIS, "redis", (backend,))}
+    assert desired.listeners == {REDIS: ListenerSpec(REDIS, "redis", "-name", (backend,), DEFAULTS)}
     assert desired.problems == ()
 
 
+def test_no_targets() -> None:
+    assert merge([], DEFAULTS).listeners == {}
+
+
 def test_the_same_number_over_tcp_and_udp_is_two_listeners() -> None:
-    assert set(merge([target("dns", DNS, DNS_TCP)]).routes) == {DNS, DNS_TCP}
+    assert set(listeners(target("dns", DNS, DNS_TCP))) == {DNS, DNS_TCP}
 
 
 def test_a_target_that_is_away_keeps_its_listeners_without_a_backend() -> None:
-    assert merge([target("redis", REDIS, address=None)]).routes == {
-        REDIS: Route(REDIS, "redis", ())
-    }
+    spec = listeners(target("redis", REDIS, address=None))[REDIS]
+    assert spec == ListenerSpec(REDIS, "redis", "-name", (), DEFAULTS)
+
+
+def test_the_target_port_may_be_another() -> None:
+    """The backend has the target's port, the listener its own."""
+    state = replace(target("web"), ports={ListenAddress(TCP, 80): 8080})
+    assert listeners(state)[ListenAddress(TCP, 80)].backends[0].port == 8080
+
+
+def test_a_range_is_one_listener_whose_backend_has_the_first_port() -> None:
+    ports = ListenAddress(UDP, 30_000, 30_010)
+    state = replace(target("rtp"), ports={ports: 40_000})
+    (spec,) = listeners(state).values()
+    assert spec.listen == ports
+    assert [backend.port for backend in spec.backends] == [40_000]
+
+
+def test_every_replica_is_a_backend_with_its_weight() -> None:
+    replicas = (Replica("a", "1", "10.0.0.2"), Replica("b", "2", "fd00::2", weight=0))
+    spec = listeners(replace(target("web", REDIS), replicas=replicas))[REDIS]
+    assert spec.backends == (
+        Backend("10.0.0.2", 6379, "a", "1", 1),
+        Backend("fd00::2", 6379, "b", "2", 0),
+    )
+
+
+def test_a_target_may_have_options_and_access_rules_of_its_own() -> None:
+    own, access = ListenerOptions(hold=1), (AccessRule("10.0.0.0/8", True),)
+    state = replace(target("web", REDIS), options=own, access=access, origin="label of web")
+    found = listeners(state, target("dns", DNS))
+    assert found[REDIS].options == own
+    assert (found[REDIS].access, found[REDIS].origin) == (access, "label of web")
+    assert found[DNS].options == DEFAULTS
+    assert found[DNS].access == ()
+
+
+# --------------------------------------------------------------------------------------------- clashes
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_a_clash_goes_to_the_one_named_first_and_names_both(order: tuple[str, str]) -> None:
-    desired = merge([target(order[0], REDIS), target(order[1], REDIS, DNS)])
-    assert desired.routes[REDIS].target == order[0]
-    assert desired.routes[DNS].target == order[1], "the rest of the loser runs"
+    desired = merge([target(order[0], REDIS), target(order[1], REDIS, DNS)], DEFAULTS)
+    assert desired.listeners[REDIS].target == order[0]
+    assert desired.listeners[DNS].target == order[1], "the rest of the loser runs"
     (problem,) = desired.problems
     assert "6379/tcp" in problem
     assert f"both {order[0]} and {order[1]}" in problem
 
 
 def test_a_clash_is_settled_the_same_way_while_the_first_is_away() -> None:
-    desired = merge([target("a", REDIS, address=None), target("b", REDIS)])
-    assert desired.routes[REDIS] == Route(REDIS, "a", ())
+    found = listeners(target("a", REDIS, address=None), target("b", REDIS))
+    assert found == {REDIS: ListenerSpec(REDIS, "a", "-name", (), DEFAULTS)}
+
+
+def at(address: str, first: int = 80, last: int = 0, protocol: Protocol = TCP) -> ListenAddress:
+    return ListenAddress(protocol, first, last, address)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clash"),
+    [
+        (at(""), at("127.0.0.1"), True),  # a wildcard and an address
+        (at("127.0.0.1"), at(""), True),
+        (at(""), at("::1"), True),
+        (at("127.0.0.1"), at("127.0.0.2"), False),
+        (at("127.0.0.1"), at("::1"), False),
+        (at("127.0.0.1"), at("127.0.0.1", protocol=UDP), False),
+        (at("", 80, 90), at("", 85), True),  # ranges
+        (at("", 85), at("", 80, 90), True),
+        (at("", 80, 85), at("", 85, 90), True),
+        (at("", 80, 84), at("", 85, 90), False),
+        (at("127.0.0.1", 80, 90), at("", 90), True),
+        (at("127.0.0.1", 80, 90), at("127.0.0.2", 80, 90), False),
+        (at("", 80, 90), at("", 80, 90, UDP), False),
+    ],
+    ids=str,
+)
+def test_overlaps(first: ListenAddress, second: ListenAddress, clash: bool) -> None:
+    desired = merge([target("a", first), target("b", second)], DEFAULTS)
+    assert set(desired.listeners) == ({first} if clash else {first, second})
+    if clash:
+        (problem,) = desired.problems
+        for part in (
+            f"{second} of b",
+            f"{first} of a",
+            "a has it",
+            "give b another port or address",
+        ):
+            assert part in problem
+    else:
+        assert desired.problems == ()
+
+
+def test_a_target_may_overlap_itself() -> None:
+    """The wildcard sorts first, whatever the order of its ports."""
+    wildcard, address = at("", 80), at("127.0.0.1", 80)
+    for order in ((wildcard, address), (address, wildcard)):
+        assert set(listeners(target("a", *order))) == {wildcard}
 
 
 def test_a_range_exposed_by_mistake_does_not_take_every_process() -> None:
-    first = target("a", *(Listener(port, TCP) for port in range(1, 1001)))
-    desired = merge([first, target("b", *(Listener(port, TCP) for port in range(2000, 65536)))])
-    assert len(desired.routes) == MAX_LISTENERS
-    assert set(first.exposed) <= set(desired.routes), "the target named first has its ports first"
+    first = target("a", *(ListenAddress(TCP, port) for port in range(1, 1001)))
+    second = target("b", *(ListenAddress(TCP, port) for port in range(2000, 65536)))
+    desired = merge([first, second], DEFAULTS)
+    assert len(desired.listeners) == MAX_LISTENERS
+    assert set(first.ports) <= set(desired.listeners), "the target named first has its ports first"
     (problem,) = desired.problems
     assert "64536 ports are exposed, 1024 are relayed" in problem
 
 
+# ------------------------------------------------------------------------------------------------ plan
+
+
 def test_a_restart_at_the_same_address_is_another_backend() -> None:
-    """C1: old connections are reset even where the address did not change."""
-    before = merge([target("redis", REDIS, run="1")]).routes
-    after = merge([target("redis", REDIS, run="2")]).routes
-    assert plan(after, before) == [Repoint(after[REDIS])]
+    """C1: old connections are reset even if the address did not change."""
+    before, after = listeners(target("redis", REDIS)), listeners(target("redis", REDIS, run="2"))
+    assert plan(after, before) == [Update(after[REDIS])]
 
 
-def route(listener: Listener, address: str | None) -> Route:
-    return Route(listener, "t", (Backend(address, listener.port),) if address else ())
-
-
-PLANS = [
-    ("nothing", {}, {}, []),
-    ("a new listener", {REDIS: route(REDIS, "::1")}, {}, [Start(route(REDIS, "::1"))]),
-    ("one is gone", {}, {REDIS: route(REDIS, "::1")}, [Stop(REDIS)]),
-    ("moved", {DNS: route(DNS, "::2")}, {DNS: route(DNS, "::1")}, [Repoint(route(DNS, "::2"))]),
-    ("down", {DNS: route(DNS, None)}, {DNS: route(DNS, "::1")}, [Repoint(route(DNS, None))]),
-    ("same", {DNS: route(DNS, "::1")}, {DNS: route(DNS, "::1")}, []),
-    (
-        "re-created with other ports: what ends comes first",
-        {DNS: route(DNS, "::1")},
-        {REDIS: route(REDIS, "::1")},
-        [Stop(REDIS), Start(route(DNS, "::1"))],
-    ),
-]
+def spec(
+    listen: ListenAddress, address: str | None = "::1", weight: int = 1, **options: Any
+) -> ListenerSpec:
+    backends = (Backend(address, listen.first_port, weight=weight),) if address else ()
+    return ListenerSpec(listen, "t", "-name", backends, ListenerOptions(**options))
 
 
 @pytest.mark.parametrize(
-    ("desired", "actual", "expected"), [p[1:] for p in PLANS], ids=[p[0] for p in PLANS]
+    ("desired", "running", "expected"),
+    [
+        pytest.param([], [], [], id="nothing"),
+        pytest.param([spec(REDIS)], [], [Open(spec(REDIS))], id="new"),
+        pytest.param([], [spec(REDIS)], [Close(REDIS)], id="gone"),
+        pytest.param([spec(DNS, "::2")], [spec(DNS)], [Update(spec(DNS, "::2"))], id="moved"),
+        pytest.param([spec(DNS, None)], [spec(DNS)], [Update(spec(DNS, None))], id="down"),
+        pytest.param(
+            [spec(DNS, weight=0)], [spec(DNS)], [Update(spec(DNS, weight=0))], id="weight"
+        ),
+        pytest.param([spec(DNS)], [spec(DNS)], [], id="same"),
+        pytest.param([spec(DNS, hold=1)], [spec(DNS)], [Update(spec(DNS, hold=1))], id="option"),
+        pytest.param(
+            [spec(DNS, workers=2)], [spec(DNS)], [Replace(spec(DNS, workers=2))], id="workers"
+        ),
+        pytest.param(
+            [spec(DNS, "::2", hold=1, workers=2)],
+            [spec(DNS)],
+            [Replace(spec(DNS, "::2", hold=1, workers=2))],
+            id="workers-and-more",
+        ),
+        pytest.param(
+            [spec(DNS), spec(DNS_TCP, "::2")],
+            [spec(REDIS), spec(DNS_TCP)],
+            [Close(REDIS), Update(spec(DNS_TCP, "::2")), Open(spec(DNS))],
+            id="what-ends-comes-first",
+        ),
+        pytest.param(
+            [spec(at("127.0.0.1"))],
+            [spec(at(""))],
+            [Close(at("")), Open(spec(at("127.0.0.1")))],
+            id="another-address-is-another-listener",
+        ),
+    ],
 )
 def test_plan(
-    desired: dict[Listener, Route],
-    actual: dict[Listener, Route],
-    expected: list[Start | Repoint | Stop],
+    desired: list[ListenerSpec], running: list[ListenerSpec], expected: list[Action]
 ) -> None:
-    assert plan(desired, actual) == expected
+    assert plan(_by_listen(desired), _by_listen(running)) == expected
 
 
-listeners = st.builds(Listener, st.integers(1, 4), st.sampled_from([TCP, UDP]))
-states = st.lists(listeners, max_size=6).flatmap(
+def _by_listen(specs: list[ListenerSpec]) -> dict[ListenAddress, ListenerSpec]:
+    return {each.listen: each for each in specs}
+
+
+@pytest.mark.parametrize("row", rows(ListenerOptions), ids=lambda row: row.name)
+def test_what_a_changed_option_takes(row: Row) -> None:
+    """LIVE is an Update, REPLACE new workers: as the table says."""
+    changed: dict[str, Any] = {row.name: not row.default if row.default is True else 17}
+    new = replace(ListenerOptions(), **changed)
+    before, after = spec(REDIS), replace(spec(REDIS), options=new)
+    action = Replace if row.change is Change.REPLACE else Update
+    assert plan({REDIS: after}, {REDIS: before}) == [action(after)]
+
+
+listens = st.builds(ListenAddress, st.sampled_from([TCP, UDP]), st.integers(1, 4))
+states = st.lists(listens, max_size=6).flatmap(
     lambda names: st.fixed_dictionaries(
-        {n: st.sampled_from([route(n, None), route(n, "::1"), route(n, "::2")]) for n in names}
+        {
+            name: st.builds(
+                spec, st.just(name), st.sampled_from([None, "::1", "::2"]),
+                hold=st.integers(0, 1), workers=st.integers(1, 2),
+            )
+            for name in names
+        }
     )
-)
+)  # fmt: skip
 
 
 @given(states, states)
 def test_carrying_out_a_plan_makes_the_two_equal(
-    desired: dict[Listener, Route], actual: dict[Listener, Route]
+    desired: dict[ListenAddress, ListenerSpec], running: dict[ListenAddress, ListenerSpec]
 ) -> None:
-    result = dict(actual)
-    for action in plan(desired, actual):
+    result = dict(running)
+    for action in plan(desired, running):
         match action:
-            case Start():
-                assert action.route.listener not in result, "a port is free before it is bound"
-                result[action.route.listener] = action.route
-            case Repoint():
-                assert action.route.listener in result
-                result[action.route.listener] = action.route
-            case Stop():
-                del result[action.listener]
+            case Open():
+                assert action.spec.listen not in result, "a port is free before it is bound"
+                result[action.spec.listen] = action.spec
+            case Update() | Replace():
+                old, new = result[action.spec.listen].options, action.spec.options
+                assert (old.workers != new.workers) == isinstance(action, Replace)
+                result[action.spec.listen] = action.spec
+            case Close():
+                del result[action.listen]
     assert result == desired
+    assert plan(desired, result) == []

@@ -1,0 +1,211 @@
+"""The ambassador's own networks: one thread refreshes them, all watchers read them.
+
+Invariants:
+
+- No lock is held while the Engine is asked. A reader gets the last answer at once.
+- Only the first answer is waited for, and at most FIRST_ANSWER_S: without it no address can be chosen.
+- A refresh that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ambassador.backoff import Backoff
+from ambassador.discovery.documents import (
+    Attachment,
+    attachments,
+    container_id,
+    is_host_mode,
+    network_owner_reference,
+)
+from ambassador.discovery.events import Subject
+from ambassador.discovery.inspect_thread import InspectThread
+from ambassador.engine.api import Document, Engine, EngineError, NoSuchContainer
+
+FIRST_ANSWER_S = 6.0
+"""Longer than the Engine client's timeout, so that its error, which says more, comes first."""
+
+RETRY_FIRST_S = 0.1
+RETRY_CAP_S = 5.0
+"""Between two refreshes that fail."""
+
+_MOUNT = re.compile(
+    r"/(?:containers/([0-9a-f]{64})|overlay-containers/([0-9a-f]{64})/userdata)"
+    r"/(?:hostname|hosts|resolv\.conf)"
+)
+_MOUNTED_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+_CGROUP = re.compile(r"[/-]([0-9a-f]{64})(?:\.scope)?(?:/|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNetworks:
+    """The ambassador's own networks. Default: on the host, not in a container.
+
+    `network_owner` is the container whose network the ambassador uses: its own container, or Y if it was
+    started with `--network container:Y`.
+    """
+
+    container_id: str = ""
+    network_owner: str = ""
+    host: bool = True
+    attachments: tuple[Attachment, ...] = ()
+
+
+def own_networks_of(
+    document: Document | None, network_owner: Document | None = None
+) -> OwnNetworks:
+    """The networks from the document of the ambassador's own container; None: it is in none.
+
+    `network_owner` is the document of the container whose network it uses, if that is another one.
+    """
+    if document is None:
+        return OwnNetworks()
+    owner = network_owner if network_owner is not None else document
+    return OwnNetworks(
+        container_id=container_id(document),
+        network_owner=container_id(owner),
+        host=is_host_mode(owner),
+        attachments=attachments(owner),
+    )
+
+
+def own_container_id(mountinfo: str, cgroup: str) -> str | None:
+    """This process's container, from the texts of /proc/self/mountinfo and /proc/self/cgroup.
+
+    The mounts come first: with cgroup v2 the cgroup file says only `0::/`. With `--network container:Y`
+    Docker mounts the files of Y, so the result is Y. That suits: the networks to compare are those of Y.
+    """
+    mounts: dict[str, str] = {}
+    for line in mountinfo.splitlines():
+        fields = line.split(" ")
+        # A host also sees its containers' directories, but not on its own /etc/hostname.
+        if len(fields) > 4 and fields[4] in _MOUNTED_FILES:
+            match = _MOUNT.search(fields[3])
+            if match:
+                mounts.setdefault(fields[4], match[1] or match[2])
+    for path in _MOUNTED_FILES:
+        if path in mounts:
+            return mounts[path]
+    for line in cgroup.splitlines():
+        found = _CGROUP.findall(line.rpartition(":")[2])
+        if found:
+            return str(found[-1])
+    return None
+
+
+def read_own_id() -> str | None:
+    """The ID of the container that this process is in; None if it is in none."""
+    texts = []
+    for path in ("/proc/self/mountinfo", "/proc/self/cgroup"):
+        try:
+            texts.append(Path(path).read_text(errors="replace"))
+        except OSError:
+            texts.append("")
+    return own_container_id(*texts)
+
+
+class OwnNetworksWatcher:
+    """Refreshes the own networks on request.
+
+    `engine` returns the Engine to ask, or None while there is none. `own_id` is the ambassador's own
+    container, None if it is in none. `on_change` is called by the thread if readers have seen an older answer
+    or an error.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[], Engine | None],
+        *,
+        own_id: str | None,
+        on_change: Callable[[], None],
+        log: logging.Logger,
+        debounce: float,
+    ) -> None:
+        self._engine = engine
+        self._own_id = own_id
+        self._on_change = on_change
+        self._log = log
+        self._networks: OwnNetworks | None = None
+        self._error: EngineError | None = None  # of the last request, while no answer is known
+        self._answered = threading.Event()  # there is an answer, or an error instead of one
+        self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
+        self._thread = InspectThread(
+            "own networks", turn=self._refresh, failed=self._failed, debounce=debounce
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to end, and end every wait for the first answer."""
+        self._thread.stop()
+        self._answered.set()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def request_refresh(self) -> None:
+        if self._networks is None:
+            self._answered.clear()  # an older error no longer counts
+        self._thread.request()
+
+    def matches(self, subject: Subject) -> bool:
+        """Whether an event is about the ambassador's own container or its network's owner."""
+        networks = self._networks
+        if networks is None:
+            return self._own_id in subject.ids
+        return not subject.ids.isdisjoint((networks.container_id, networks.network_owner))
+
+    def get(self) -> OwnNetworks:
+        """The last answer, at once. Waits up to FIRST_ANSWER_S for the first one.
+
+        Raises EngineError if there is none: the error of the last request, or that it takes too long.
+        """
+        if self._networks is None:
+            self._answered.wait(FIRST_ANSWER_S)
+        networks, error = self._networks, self._error
+        if networks is not None:
+            return networks
+        if error is not None:
+            raise EngineError(str(error), status=error.status)
+        raise EngineError("own container not inspected in time: check whether the daemon is stuck")
+
+    def _refresh(self) -> None:
+        engine = self._engine()
+        if engine is None:
+            return  # the reconnect requests a refresh
+        networks = self._ask(engine)
+        self._retry.reset()
+        former, refused = self._networks, self._error is not None
+        self._networks, self._error = networks, None
+        self._answered.set()
+        if networks != former:
+            names = " ".join(each.network for each in networks.attachments) or "none"
+            fields = {"networks": "host" if networks.host else names}
+            self._log.info("own networks", extra={"fields": fields})
+            if former is not None or refused:  # else all readers still wait for this answer
+                self._on_change()
+
+    def _ask(self, engine: Engine) -> OwnNetworks:
+        if self._own_id is None:
+            return own_networks_of(None)
+        try:
+            document = engine.inspect_container(self._own_id)
+        except NoSuchContainer:
+            # The ambassador's container belongs to another Engine. The host's view is the likeliest.
+            return own_networks_of(None)
+        reference = network_owner_reference(document)
+        owner = engine.inspect_container(reference) if reference is not None else None
+        return own_networks_of(document, owner)
+
+    def _failed(self, error: EngineError) -> float:
+        if self._networks is None:
+            self._error = error
+        self._answered.set()
+        return self._retry.next()

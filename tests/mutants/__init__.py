@@ -1,0 +1,1 @@
+"""Whether the tests notice a fault: see __main__.py."""

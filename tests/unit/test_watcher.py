@@ -1,0 +1,364 @@
+"""One target's thread: inspects, retries and log lines."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ambassador.discovery.docker_source import DockerSource
+from ambassador.discovery.watcher import LOUD_CHANGES, RETRIES
+from ambassador.engine.api import EngineError
+from ambassador.model import TargetState
+from tests.unit.fake_engine import (
+    DOCUMENTS,
+    GONE,
+    REDIS,
+    Log,
+    Start,
+    World,
+    address_of,
+    container,
+    event,
+    settle,
+    until,
+)
+
+# --- inspects ----------------------------------------------------------------------------------
+
+
+def test_states_come_in_the_order_of_the_targets(world: World, start: Start) -> None:
+    world.containers = {"web": container("web"), "db": container("db", "10.0.0.3")}
+    source = start("web", "nope", "db")
+    web, nope, db = source.targets()
+    assert (web.target, web.replicas[0].address) == ("web", "10.0.0.2")
+    assert nope == TargetState("nope")
+    assert (db.target, db.replicas[0].address) == ("db", "10.0.0.3")
+    assert db.ports == REDIS
+
+
+def test_subscribed_before_the_first_inspect(world: World, start: Start) -> None:
+    start("web")
+    assert world.calls[:2] == ["events", "inspect web"]
+
+
+def test_one_request_for_an_inspect(world: World, start: Start) -> None:
+    world.containers["web"] = container("web")
+    start("web")
+    assert world.calls == ["events", "inspect web"]
+    world.send(event("web"))
+    settle(world)
+    assert world.calls == ["events", "inspect web", "inspect web"]
+
+
+def test_on_change_comes_after_the_state_and_only_then(world: World, start: Start) -> None:
+    seen: list[tuple[TargetState, ...]] = []
+    made: list[DockerSource] = []
+    world.containers["web"] = container("web")
+    world.failure = GONE
+    made.append(start("web", wait=False, on_change=lambda: seen.append(made[0].targets())))
+    world.failure = None
+    until(lambda: seen)
+    assert seen[0][0].replicas[0].address == "10.0.0.2"
+    for _ in range(5):
+        world.send(event("web"))
+        settle(world)
+    assert len(seen) == 1
+    world.containers["web"] = container("web", "10.0.0.9")
+    world.send(event("web"))
+    until(lambda: len(seen) == 2)
+    assert seen[1][0].replicas[0].address == "10.0.0.9"
+
+
+def test_a_restart_that_keeps_the_address_is_a_change(world: World, start: Start) -> None:
+    world.containers["web"] = container("web")
+    source = start("web")
+    world.containers["web"] = container("web", StartedAt="2027-01-01T00:00:00Z")
+    world.send(event("web"))
+    until(lambda: source.targets()[0].replicas[0].run == "2027-01-01T00:00:00Z")
+
+
+def test_another_containers_answer_is_not_taken(world: World, start: Start) -> None:
+    world.containers["db"] = container("other", ident="db" * 32)
+    source = start("db")
+    assert source.targets() == (TargetState("db"),)
+
+
+def test_gone_keeps_the_ports_and_drops_the_address(world: World, start: Start) -> None:
+    world.containers["web"] = container("web")
+    source = start("web")
+    del world.containers["web"]
+    world.send(event("web"))
+    until(lambda: source.targets()[0] == TargetState("web", REDIS))
+
+
+def test_a_blocked_inspect_delays_its_own_target_only(world: World, start: Start) -> None:
+    release = threading.Event()
+
+    def blocked() -> Any:
+        release.wait(5)
+        return container("stuck")
+
+    world.containers = {"stuck": blocked, "web": container("web")}
+    source = start("stuck", "web", wait=False)
+    until(lambda: address_of(source, 1) == "10.0.0.2")
+    assert address_of(source) is None
+    world.containers["web"] = container("web", "10.0.0.7")
+    world.send(event("web"))
+    until(lambda: address_of(source, 1) == "10.0.0.7")
+    release.set()
+    until(lambda: address_of(source) == "10.0.0.2")
+
+
+def test_a_joined_container_is_asked_too_and_its_events_count(world: World, start: Start) -> None:
+    owner = copy.deepcopy(DOCUMENTS["user-network"])
+    world.containers = {"sidecar": DOCUMENTS["joined"], owner["Id"]: owner}
+    source = start("sidecar")
+    assert address_of(source) == "172.30.0.2"
+    world.containers[owner["Id"]] = DOCUMENTS["user-network-stopped"]
+    world.send(event("web", ident=owner["Id"]))
+    until(lambda: address_of(source) is None)
+    assert "web, which is not running" in source.targets()[0].problem
+
+
+def test_networks_are_asked_for_only_with_several_from_the_host(world: World, start: Start) -> None:
+    two = copy.deepcopy(DOCUMENTS["two-networks"])
+    world.containers = {"two": two, "web": container("web")}
+    ident = two["NetworkSettings"]["Networks"]["back"]["NetworkID"]
+    world.network_list = [{"Id": ident, "Name": "back", "Driver": "overlay"}]
+    source = start("two", "web")
+    assert world.calls.count("networks") == 1
+    assert address_of(source) == "172.30.5.2"
+    world.network_list = EngineError("forbidden", status=403)
+    world.send(event("two"))
+    until(lambda: address_of(source) == "172.30.0.3")
+
+
+# --- an address that is not there yet ----------------------------------------------------------
+
+
+def test_an_empty_address_is_asked_for_again_without_an_event(world: World, start: Start) -> None:
+    answers = iter([container("web", "")] * 3)
+    world.containers["web"] = lambda: next(answers, container("web"))
+    began = time.monotonic()
+    source = start("web", wait=False)
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert world.inspects("web") == 4
+    assert time.monotonic() - began < 1.0
+    settle(world)
+    assert world.inspects("web") == 4
+
+
+def test_the_retries_end_with_a_problem(
+    world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ambassador.discovery.watcher.RETRY_CAP_S", 0.01)
+    monkeypatch.setattr("ambassador.discovery.watcher.RETRY_FIRST_S", 0.01)
+    world.containers["web"] = container("web", "")
+    source = start("web", wait=False)
+    until(lambda: source.targets()[0].problem)
+    assert "no address" in source.targets()[0].problem
+    settle(world)
+    assert world.inspects("web") == RETRIES + 1
+    assert len(log.having("no address")) == 1
+    world.containers["web"] = container("web")
+    world.send(event("web"))
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert source.targets()[0].problem == ""
+
+
+# --- errors of one target ----------------------------------------------------------------------
+
+
+def test_an_error_keeps_the_address_and_is_logged_once(
+    world: World, start: Start, log: Log
+) -> None:
+    world.containers["web"] = container("web")
+    source = start("web")
+    world.containers["web"] = EngineError("answers with 500: broken", status=500)
+    world.calls.clear()
+    world.send(event("web"))
+    until(lambda: world.inspects("web") >= 3)  # without further events
+    assert address_of(source) == "10.0.0.2"
+    assert source.targets()[0].problem == "answers with 500: broken"
+    assert len(log.having("500: broken")) == 1
+    world.containers["web"] = container("web")
+    until(lambda: source.targets()[0].problem == "")
+    assert len(log.having("inspect works again")) == 1
+
+
+def test_one_broken_connection_is_not_worth_a_line(world: World, start: Start, log: Log) -> None:
+    answers = iter([EngineError("connection reset")])
+    world.containers["web"] = lambda: next(answers, container("web"))
+    source = start("web", wait=False)
+    until(lambda: address_of(source) == "10.0.0.2")
+    assert not log.having("connection reset")
+
+
+def test_a_bug_does_not_end_the_thread(world: World, start: Start, log: Log) -> None:
+    def bug() -> Any:
+        raise RuntimeError("oops")
+
+    world.containers["web"] = bug
+    source = start("web", wait=False)
+    until(lambda: log.having("unexpected RuntimeError: oops"))
+    world.containers["web"] = container("web")
+    until(lambda: address_of(source) == "10.0.0.2")
+
+
+# --- log lines ---------------------------------------------------------------------------------
+
+
+def test_each_change_is_logged_once(world: World, start: Start, log: Log) -> None:
+    source = start("web")
+
+    def become(document: Any, words: str) -> None:
+        if document is None:
+            world.containers.pop("web", None)
+        else:
+            world.containers["web"] = document
+        for _ in range(2):
+            world.send(event("web"))
+            settle(world)
+        assert len(log.having(words)) == 1, log.lines
+        log.lines.clear()
+
+    become(None, "no such container, waiting")
+    become(container("web"), "target is running")
+    become(container("web", "", Running=False), "target is not running, waiting")
+    become(container("web", Running=True), "target is running")
+    become(DOCUMENTS["exposes-nothing"] | {"Name": "/web"}, "exposes no port")
+    become(None, "no such container")
+    assert source.connected
+
+
+def test_ports_that_are_not_relayed_are_logged_once(world: World, start: Start, log: Log) -> None:
+    world.containers["web"] = DOCUMENTS["user-network"]
+    start("web")
+    world.send(event("web"))
+    settle(world)
+    (line,) = log.having("ports left out, only TCP and UDP")
+    assert "3868/sctp" in line
+
+
+def test_a_crash_loop_does_not_fill_the_log(world: World, start: Start, log: Log) -> None:
+    runs = iter(range(10_000))
+    world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
+    source = start("web", debounce=0.0)
+    for _ in range(3 * LOUD_CHANGES):
+        before = source.targets()[0]
+        world.send(event("web"))
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
+    assert len(log.having("target is running")) == LOUD_CHANGES
+    assert len(log.having("changes often")) == 1
+    assert len([line for line in log.every if "target is running" in line]) > 2 * LOUD_CHANGES
+
+
+def test_changes_are_logged_again_after_a_minute(world: World, start: Start, log: Log) -> None:
+    now = [0.0]
+    runs = iter(range(10_000))
+    world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
+    source = start("web", debounce=0.0, clock=lambda: now[0])
+    for _ in range(2 * LOUD_CHANGES):
+        before = source.targets()[0]
+        world.send(event("web"))
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
+    before_that = len(log.having("target is running"))
+    now[0] = 61.0
+    world.send(event("web"))
+    until(lambda: len(log.having("target is running")) == before_that + 1)
+
+
+# --- a death -----------------------------------------------------------------------------------
+
+STARTED = "2026-01-01T00:00:00.5Z"
+STARTED_NS = 1_767_225_600_500_000_000
+
+
+def died(ident: str, at: int) -> bytes:
+    value = json.loads(event("web", ident))
+    return json.dumps({**value, "Action": "die", "timeNano": at}).encode() + b"\n"
+
+
+def test_a_death_drops_the_address_before_inspect_answers(world: World, start: Start) -> None:
+    """C4: Docker answers inspect only when it has cleaned up behind the container."""
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    source = start("web")
+    assert address_of(source) is not None
+    cleaned = threading.Event()
+
+    def slow() -> Any:
+        cleaned.wait(5)
+        return {**document, "State": {**document["State"], "Running": False}}
+
+    world.containers["web"] = slow
+    world.send(died(document["Id"], STARTED_NS + 1000))
+    until(lambda: address_of(source) is None, 1.0)
+    assert not cleaned.is_set(), "known while inspect still waits"
+    assert source.targets()[0].ports == REDIS
+    cleaned.set()
+    settle(world)
+    assert address_of(source) is None
+
+
+def test_an_inspect_from_before_the_death_is_discarded(world: World, start: Start) -> None:
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    source = start("web")
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        asked.set()
+        answer.wait(5)
+        world.containers["web"] = {**document, "State": {**document["State"], "Running": False}}
+        return document
+
+    world.containers["web"] = slow
+    world.send(event("web"))
+    assert asked.wait(5)
+    world.send(died(document["Id"], STARTED_NS + 1000))
+    until(lambda: address_of(source) is None)
+    addresses = set()
+    answer.set()
+    deadline = time.monotonic() + 0.2
+    while time.monotonic() < deadline:
+        addresses.add(address_of(source))
+    assert addresses == {None}
+
+
+@pytest.mark.parametrize("at", [STARTED_NS - 1000, STARTED_NS])
+def test_an_old_death_changes_nothing(world: World, start: Start, at: int) -> None:
+    """D11: the run that is known began after it; its connections must not be reset."""
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    changes: list[None] = []
+    source = start("web", on_change=lambda: changes.append(None))
+    settle(world)
+    before = len(changes)
+    world.send(died(document["Id"], at))
+    settle(world)
+    assert len(changes) == before
+    assert address_of(source) is not None
+
+
+def test_another_containers_death_changes_nothing(world: World, start: Start) -> None:
+    world.containers["web"] = container("web", StartedAt=STARTED)
+    source = start("web")
+    world.send(died("e" * 64, STARTED_NS + 1000))
+    settle(world)
+    assert address_of(source) is not None
+
+
+def test_an_inspect_that_denies_a_death_restores_the_address(world: World, start: Start) -> None:
+    """Level-triggered: the inspect decides."""
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    source = start("web")
+    world.send(died(document["Id"], STARTED_NS + 1000))
+    settle(world)
+    assert address_of(source) is not None
