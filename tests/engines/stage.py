@@ -45,9 +45,9 @@ class Stage:
 
     def clear(self) -> None:
         """Remove every container and network."""
-        containers = self.docker("ps", "--all", "--quiet").split()
-        if containers:
-            self.docker("rm", "--force", "--volumes", *containers, check=False)
+        for _ in range(3):  # Podman removes one whose network another uses only after that one
+            if containers := self.docker("ps", "--all", "--quiet").split():
+                self.docker("rm", "--force", "--volumes", *containers, check=False)
         for network in self.docker("network", "ls", "--format", "{{.Name}}").split():
             if network not in _OWN_NETWORKS:
                 self.docker("network", "rm", network, check=False)
