@@ -87,9 +87,9 @@ def digest() -> str:
 
 def play(stage: Stage, run: Callable[[Stage], str | None]) -> Outcome:
     """One scenario on a clear stage."""
-    stage.clear()
     begin = time.monotonic()
     try:
+        stage.clear()
         word, detail = OK, run(stage) or ""
     except NotAvailableError as error:
         word, detail = NOT_AVAILABLE, " ".join(str(error).split())

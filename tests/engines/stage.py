@@ -45,12 +45,19 @@ class Stage:
 
     def clear(self) -> None:
         """Remove every container and network."""
-        for _ in range(3):  # Podman removes one whose network another uses only after that one
-            if containers := self.docker("ps", "--all", "--quiet").split():
-                self.docker("rm", "--force", "--volumes", *containers, check=False)
-        for network in self.docker("network", "ls", "--format", "{{.Name}}").split():
-            if network not in _OWN_NETWORKS:
-                self.docker("network", "rm", network, check=False)
+        self.until("a clear stage", self._is_clear)
+
+    def _is_clear(self) -> bool:
+        # Again if need be: Podman removes a container whose network another uses only after that
+        # one, and a network a moment after its last container.
+        containers = self.docker("ps", "--all", "--quiet").split()
+        if containers:
+            self.docker("rm", "--force", "--volumes", *containers, check=False)
+        listed = self.docker("network", "ls", "--format", "{{.Name}}").split()
+        networks = set(listed) - _OWN_NETWORKS
+        for network in networks:
+            self.docker("network", "rm", network, check=False)
+        return not containers and not networks
 
     # Making. `flags` are those of `docker run`.
 
