@@ -668,8 +668,15 @@ def _daemon_away(stage: Stage, number: signal.Signals) -> str:
     if not stage.inspect("client", ".State.Running"):  # Podman's service restarts nothing
         for container in ("target", "ambassador", "client"):
             stage.docker("start", container, check=False)
-    stage.until("client", lambda: stage.inspect("client", ".State.Running"), 20)
-    stage.until("ambassador", lambda: stage.address("ambassador"), 20)
+
+    def all_run() -> bool:
+        states = [stage.inspect(name, ".State") for name in ("target", "ambassador", "client")]
+        return all(state["Running"] and not state["Restarting"] for state in states)
+
+    try:
+        stage.until("the engine to start its containers", all_run, 20)
+    except AssertionError as error:
+        raise NotAvailableError(str(error)) from None
     lived = stage.inspect("ambassador", ".State.StartedAt") == run
     stage.serves(stage.address("ambassador"), seconds=20)
     seconds = time.monotonic() - back
