@@ -19,10 +19,12 @@ TEST_PROGRAMS := ip=iproute2 strace=strace redis-server=redis-server redis-cli=r
 	dnsmasq=dnsmasq-base iptables=iptables
 BENCH_PROGRAMS := ip=iproute2 haproxy=haproxy nginx=nginx-core docker-proxy=docker.io redis-server=redis-server \
 	redis-benchmark=redis-tools iperf3=iperf3 wrk=wrk sockperf=sockperf
+# Programs that bring other engines up.
+ENGINE_PROGRAMS := debootstrap=debootstrap unshare=util-linux nsenter=util-linux
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize mutants fuzz soak bench lint reference image lock audit clean
+.PHONY: help build demo test test-sanitize test-engines mutants fuzz soak bench lint reference image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +43,11 @@ test: build ## Run every test, starting an Engine for those that need one (ARGS=
 
 test-sanitize: build ## Run the tests of the loops under ASan and UBSan; minutes (ARGS='tests/loops -k tcp')
 	$(BIN)/python -m tests.sanitize $(ARGS)
+
+test-engines: build ## Run the image on Docker 20 to 28 and Podman 5 and 6; minutes each (ENGINES="docker20 podman*" SCENARIOS= JOBS=2 RECORD=1)
+	@$(PYTHON) scripts/debian.py $(ENGINE_PROGRAMS)
+	@$(PYTHON) scripts/images.py
+	$(BIN)/python -m tests.engines --engines "$(ENGINES)" --scenarios "$(SCENARIOS)" $(if $(JOBS),--jobs $(JOBS)) $(if $(RECORD),--record)
 
 fuzz: build ## Feed nonsense to all that strangers can write to (MINUTES=5); keeps what it finds
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),5)
