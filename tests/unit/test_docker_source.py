@@ -50,6 +50,7 @@ def test_which_targets_an_event_concerns(
     start("web", "db")
     world.calls.clear()
     world.send(data)
+    until(lambda: world.inspects("web") >= web and world.inspects("db") >= db)
     settle(world)
     assert (world.inspects("web"), world.inspects("db")) == (web, db)
 
