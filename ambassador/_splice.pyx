@@ -31,7 +31,7 @@ Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LING
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -43,7 +43,7 @@ from ambassador._counters cimport (
     counters_unmap, siblings_map, siblings_unmap,
 )
 from ambassador._linux cimport (
-    EAGAIN, ECONNRESET, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR,
+    EAGAIN, ECONNREFUSED, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR,
     EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN, MADV_DONTNEED, SO_ERROR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
     accept4, close, epoll_create1, epoll_ctl, epoll_event, errno, getsockopt, madvise, munmap, socklen_t,
 )
@@ -52,6 +52,7 @@ from ambassador._loop cimport (
     epoll_add, idle_begins, loop_wait, monotonic_ms, pages_map,
 )
 from ambassador._options cimport HALF_CLOSE_TIMEOUT, IDLE_TIMEOUT, MAX_CONNECTIONS, options_t
+from ambassador._own cimport backends_mark_own, connection_met_itself, local_ports
 from ambassador._pipes cimport pool_close
 from ambassador._ready cimport *
 from ambassador._record cimport update_read, update_view_t
@@ -61,6 +62,9 @@ from ambassador._tcp cimport *
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
 CONNECTION_BYTES = sizeof(connection_t)
+
+cdef uint16_t first_local_port, last_local_port
+local_ports(&first_local_port, &last_local_port)  # in the fork server: a worker's sandbox forbids it
 
 # ---------------------------------------------------------------------------------------------- events
 
@@ -89,11 +93,13 @@ cdef void connection_event(loop_t *loop, uint64_t data, uint32_t events) noexcep
             return
         if events & (EPOLLERR | EPOLLHUP):
             getsockopt(connection.fd[BACKEND], SOL_SOCKET, SO_ERROR, &error, &length)
-            if error != ECONNRESET:
+            if not dial_was_taken(error):
                 connection_dial_failed(loop, connection, error)
                 return
-            # It accepted the connection, then reset it. Its bytes are still queued, and ERROR_QUEUED makes
-            # the end behind them a reset.
+            # Its bytes are still queued, and ERROR_QUEUED makes the end behind them a reset.
+        elif connection_met_itself(loop, connection):
+            connection_dial_failed(loop, connection, ECONNREFUSED)
+            return
         connection_connected(loop, connection)
     connection_pump(loop, connection)
 
@@ -214,7 +220,7 @@ cdef void expire(loop_t *loop) noexcept nogil:
         head = first_in(loop, STATE_CONNECTING)
     head = first_in(loop, STATE_HELD)
     while head != NULL and head.times.waiting.hold_until <= loop.now:
-        connection_close(loop, head, REJECTED)
+        connection_reject(loop, head)
         head = first_in(loop, STATE_HELD)
     while loop.keepalive_next != NULL and loop.keepalive_next.times.open.keepalive_at <= loop.now:
         connection_keep_alive(loop, loop.keepalive_next)
@@ -337,7 +343,9 @@ cdef void apply_backends(loop_t *loop) noexcept nogil:
     free_closed(loop)
     spare_close_all(loop)
     loop.retry_ms = RETRY_FIRST_MS
+    loop.reject_counter = 0
     loop.probe_at = loop.now
+    backends_mark_own(loop)
 
 
 # ---------------------------------------------------------------------------------------------- Python
@@ -374,6 +382,7 @@ cdef class TcpLoop:
         if siblings:
             siblings_map(siblings, &loop.siblings, &loop.sibling_count)
         loop.retry_ms = RETRY_FIRST_MS
+        loop.first_local_port, loop.last_local_port = first_local_port, last_local_port
         loop.now = monotonic_ms()
         slabs_init(&loop.connections, sizeof(connection_t))
         loop.workspace = <workspace_t *>pages_map(sizeof(workspace_t))
