@@ -7,7 +7,7 @@ A connection that ended in both directions leaves its backend's socket: closed f
 acknowledged. It becomes spare, with its struct, and connects anew for the next client. That saves the making,
 arming, watching and closing of a socket: a seventh of the cost of a short connection.
 
-Invariants: a connection is in exactly one list, that of its state. A spare socket is not connected and holds
+Invariants: a spare socket is not connected and holds
 no bytes and no port. A closed connection's memory is freed after the batch of events that may still name it.
 
 Sources: connect(2) for AF_UNSPEC; net/ipv4/tcp.c, tcp_disconnect, for the options that a socket keeps.
@@ -52,17 +52,27 @@ from ambassador._linux cimport (
     connect,
     errno,
     getsockopt,
-    linger,
     setsockopt,
     sockaddr,
     socket,
     socklen_t,
 )
-from ambassador._list cimport link_t, list_append, list_insert, list_remove
+from ambassador._linger cimport linger_begin, linger_is_wanted
+from ambassador._list cimport link_t, list_insert
 from ambassador._loop cimport due_by, epoll_add
 from ambassador._options cimport CONNECT_TIMEOUT, HALF_CLOSE_TIMEOUT, HOLD, IDLE_TIMEOUT, MAX_HELD
 from ambassador._ready cimport ready_interest
 from ambassador._slab cimport slabs_give, slabs_take
+from ambassador._states cimport (
+    connection_list,
+    connection_move,
+    connection_queue,
+    connection_unlist,
+    first_in,
+    next_of,
+    socket_arm,
+    socket_disarm,
+)
 from ambassador._tcp cimport (
     ACCEPTED,
     BACKEND,
@@ -109,54 +119,6 @@ from ambassador._tcp cimport (
     connection_t,
     loop_t,
 )
-
-# ---------------------------------------------------------------------------------------------- states
-
-
-cdef inline connection_t *first_in(loop_t *loop, int state) noexcept nogil:
-    return <connection_t *>loop.lists[state].head
-
-
-cdef inline connection_t *next_of(connection_t *connection) noexcept nogil:
-    return <connection_t *>connection.link.next
-
-
-cdef inline uint32_t connections_active(loop_t *loop) noexcept nogil:
-    """Return how many have not ended."""
-    return (
-        loop.lists[STATE_CONNECTING].length + loop.lists[STATE_HELD].length + loop.lists[STATE_OPEN].length
-    )
-
-
-cdef inline void connection_unlist(loop_t *loop, connection_t *connection) noexcept nogil:
-    if loop.keepalive_next == connection:
-        loop.keepalive_next = next_of(connection)
-    list_remove(&loop.lists[connection.state], &connection.link)
-
-
-cdef inline void connection_list(loop_t *loop, connection_t *connection, int state) noexcept nogil:
-    """Append it to the list of `state`."""
-    connection.state = state
-    list_append(&loop.lists[state], &connection.link)
-
-
-cdef inline void connection_move(loop_t *loop, connection_t *connection, int state) noexcept nogil:
-    connection_unlist(loop, connection)
-    connection_list(loop, connection, state)
-
-
-cdef inline void connection_queue(loop_t *loop, connection_t *connection) noexcept nogil:
-    """Append it to the ready list, once."""
-    if connection.on_ready_list:
-        return
-    connection.on_ready_list = True
-    connection.next_ready = NULL
-    if loop.ready_tail != NULL:
-        loop.ready_tail.next_ready = connection
-    else:
-        loop.ready_head = connection
-    loop.ready_tail = connection
-
 
 # --------------------------------------------------------------------------------------- spare sockets
 
@@ -265,15 +227,11 @@ cdef inline void connection_close(loop_t *loop, connection_t *connection, int co
     loop.tally[counter] += 1
 
 
-cdef inline void socket_disarm(int fd) noexcept nogil:
-    """Let close(2) end the connection without a reset."""
-    cdef linger disarmed
-    disarmed.l_onoff = disarmed.l_linger = 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &disarmed, sizeof(disarmed))
-
-
 cdef inline void connection_end(loop_t *loop, connection_t *connection) noexcept nogil:
     """Close it cleanly: both directions have ended, and the kernel delivers what is queued."""
+    if linger_is_wanted(loop, connection):
+        linger_begin(loop, connection)
+        return
     socket_disarm(connection.fd[CLIENT])
     if spare_is_wanted(loop) and socket_is_reusable(connection):
         connection.marks |= BECOMES_SPARE
@@ -386,12 +344,10 @@ cdef inline bint connection_has_next(loop_t *loop, connection_t *connection, int
 
 cdef inline int backend_socket(connection_t *connection, int family) noexcept nogil:
     """Give it a new socket, armed and with Nagle's delay; -1 with errno."""
-    cdef linger armed
     cdef int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
     if fd < 0:
         return -1
-    armed.l_onoff, armed.l_linger = 1, 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
+    socket_arm(fd)
     connection.fd[BACKEND], connection.family, connection.sends = fd, <uint8_t>family, 0
     return 0
 

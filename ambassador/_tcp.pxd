@@ -31,6 +31,7 @@ cdef enum:
 cdef enum:
     MAX_SPARE = 64  # backend sockets kept for the next client during a burst
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
+    MAX_AHEAD = 4  # connections over its fair share, and an eighth of that, that a worker may have
     ACCEPT_PAUSE_MS = 100  # without a free descriptor
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
     RETRY_LAST_MS = 100
@@ -43,6 +44,9 @@ cdef enum:
     KEEPALIVE_STEP = 23  # shares no divisor with the spread, so it reaches every value
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
+    LINGER_MS = 60000  # a socket with a queue is kept so long after its end, before a drain
+    MAX_LINGERING = 64  # of these; a drain keeps all
+    SETTLE_MS = 200  # a drain gives the kernel this time after the last end that it did not see
     EXPIRE_SHARE = 16  # idle connections are looked at every 1/16 of their deadline, so it is kept to 6 %
 
 # ----------------------------------------------------------------------------------------------- enums
@@ -61,6 +65,7 @@ cdef enum:  # states of a connection, each with a list
     STATE_OPEN
     STATE_CLOSED
     STATE_SPARE
+    STATE_LINGERING  # ended and counted; the kernel still has bytes for the client
     STATES
 
 cdef enum:  # ready bits of a socket: who sets and clears them is in _ready.pxd
@@ -148,6 +153,7 @@ cdef struct open_t:
 cdef union times_t:
     waiting_t waiting  # connecting or held
     open_t open
+    int64_t linger_until  # ms; after this the kernel is left alone with what is queued
 
 cdef struct connection_t:  # 128 bytes, two cache lines
     link_t link
@@ -212,6 +218,8 @@ cdef struct loop_t:
     int64_t probe_at
     int64_t expire_at  # when an idle or half-closed connection may be due
     int64_t accept_at  # when accepting resumes
+    int64_t yielded_at  # when this worker last went behind its siblings at the listener
+    int64_t ended_at  # when a connection last ended without being asked for its queue
     int64_t drain_at
     int64_t busy_at
     bint draining
