@@ -110,11 +110,14 @@ cdef inline backend_t *backends_next(backends_t *backends) noexcept nogil:
 
 
 cdef inline backend_t *backends_after(backends_t *backends, uint64_t number) noexcept nogil:
-    """Return the next backend with a weight behind the one with this id, round the list. One must have one."""
-    cdef uint32_t i = 0, step
+    """Return the next backend with a weight behind the one with this id, round the list.
+
+    There must be one.
+    """
+    cdef uint32_t i = 0, _step
     while i < backends.count and backends.items[i].id != number:
         i += 1
-    for step in range(backends.count):
+    for _step in range(backends.count):
         i = i + 1 if i + 1 < backends.count else 0
         if backends.items[i].weight:
             break

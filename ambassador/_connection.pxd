@@ -331,7 +331,7 @@ cdef inline bint connection_has_next(loop_t *loop, connection_t *connection, int
         spare_close_all(loop)
     else:
         loop.reject_counter = REJECTED_REFUSED if error == ECONNREFUSED else REJECTED_UNANSWERED
-        if <uint32_t>connection.failures + 1 < backends_usable(&loop.backends) and connection.failures < MAX_FAILURES:
+        if connection.failures + 1 < <int>min(backends_usable(&loop.backends), <uint32_t>MAX_FAILURES):
             connection.failures += 1
             connection_hang_up(connection)
             return True
@@ -352,7 +352,9 @@ cdef inline int backend_socket(connection_t *connection, int family) noexcept no
     return 0
 
 
-cdef inline int connection_try(loop_t *loop, connection_t *connection, backend_t *backend) noexcept nogil:
+cdef inline int connection_try(
+    loop_t *loop, connection_t *connection, backend_t *backend
+) noexcept nogil:
     """Start to connect to this backend. Return 0, or the errno if that failed at once."""
     cdef int family = backend.address.v4.sin_family
     cdef bint reused = connection.fd[BACKEND] >= 0 and socket_reuse(loop, connection, family)

@@ -51,7 +51,7 @@ TCP = (
     Counter(
         "rejected_unanswered",
         "rejected connections that the backend did not answer",
-        loss="connections rejected, backend does not answer: look for a firewall, icc=false, a rootless Engine",
+        loss="connections rejected, backend does not answer: look for a firewall or icc=false",
         part_of="rejected",
     ),
     Counter(

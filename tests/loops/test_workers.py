@@ -89,7 +89,7 @@ def test_a_port_that_somebody_has_is_not_shared(run: Run) -> None:
 
 
 def test_tcp_connections_that_stay_open_are_shared(run: Run, peers: Peers) -> None:
-    """W4: a pool opens its connections one after the other: no worker has most of them."""
+    """W8: a pool opens its connections one after the other: no worker has most of them."""
     server = peers.server()
     port = free_port()
     program = run("-workers", "3", f"{port}/tcp=127.0.0.1:{server.getsockname()[1]}")
