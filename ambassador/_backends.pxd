@@ -20,6 +20,7 @@ cdef struct backend_t:
     uint64_t id  # of this run of this container at this address; the listener never reuses one
     uint32_t weight
     socklen_t length
+    bint may_be_own  # TCP: the kernel may give this address and port to a socket of ours
     address_t address
 
 cdef struct backends_t:
@@ -45,13 +46,18 @@ cdef inline void backend_set(backend_t *backend, const backend_item_t *item) noe
         backend.length = sizeof(sockaddr_in6)
 
 
-cdef inline bint backends_have(backends_t *backends, uint64_t number) noexcept nogil:
-    """Whether the backend with this id is in the list."""
+cdef inline backend_t *backends_find(backends_t *backends, uint64_t number) noexcept nogil:
+    """Return the backend with this id, NULL if it is not in the list."""
     cdef uint32_t i
     for i in range(backends.count):
         if backends.items[i].id == number:
-            return True
-    return False
+            return &backends.items[i]
+    return NULL
+
+
+cdef inline bint backends_have(backends_t *backends, uint64_t number) noexcept nogil:
+    """Whether the backend with this id is in the list."""
+    return backends_find(backends, number) != NULL
 
 
 cdef inline int backends_change(backends_t *old, backend_t *items, uint32_t count) noexcept nogil:
@@ -101,3 +107,26 @@ cdef inline backend_t *backends_next(backends_t *backends) noexcept nogil:
         left -= backends.items[i].weight
         i += 1
     return &backends.items[i]
+
+
+cdef inline backend_t *backends_after(backends_t *backends, uint64_t number) noexcept nogil:
+    """Return the next backend with a weight behind the one with this id, round the list.
+
+    There must be one.
+    """
+    cdef uint32_t i = 0, _step
+    while i < backends.count and backends.items[i].id != number:
+        i += 1
+    for _step in range(backends.count):
+        i = i + 1 if i + 1 < backends.count else 0
+        if backends.items[i].weight:
+            break
+    return &backends.items[i]
+
+
+cdef inline uint32_t backends_usable(backends_t *backends) noexcept nogil:
+    """Return how many have a weight."""
+    cdef uint32_t i, count = 0
+    for i in range(backends.count):
+        count += backends.items[i].weight > 0
+    return count

@@ -7,7 +7,7 @@ A connection that ended in both directions leaves its backend's socket: closed f
 acknowledged. It becomes spare, with its struct, and connects anew for the next client. That saves the making,
 arming, watching and closing of a socket: a seventh of the cost of a short connection.
 
-Invariants: a connection is in exactly one list, that of its state. A spare socket is not connected and holds
+Invariants: a spare socket is not connected and holds
 no bytes and no port. A closed connection's memory is freed after the batch of events that may still name it.
 
 Sources: connect(2) for AF_UNSPEC; net/ipv4/tcp.c, tcp_disconnect, for the options that a socket keeps.
@@ -16,7 +16,7 @@ Sources: connect(2) for AF_UNSPEC; net/ipv4/tcp.c, tcp_disconnect, for the optio
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ambassador._backends cimport backend_t, backends_next
+from ambassador._backends cimport backend_t, backends_after, backends_next, backends_usable
 from ambassador._direction cimport (
     direction_can_move,
     direction_in_flight,
@@ -27,11 +27,14 @@ from ambassador._direction cimport (
 from ambassador._linux cimport (
     AF_UNSPEC,
     EADDRNOTAVAIL,
+    ECONNREFUSED,
+    ECONNRESET,
     EINPROGRESS,
     EMFILE,
     ENFILE,
     ENOBUFS,
     ENOMEM,
+    EPIPE,
     IPPROTO_TCP,
     SO_KEEPALIVE,
     SO_LINGER,
@@ -49,20 +52,31 @@ from ambassador._linux cimport (
     connect,
     errno,
     getsockopt,
-    linger,
     setsockopt,
     sockaddr,
     socket,
     socklen_t,
 )
-from ambassador._list cimport link_t, list_append, list_insert, list_remove
+from ambassador._linger cimport linger_begin, linger_is_wanted
+from ambassador._list cimport link_t, list_insert
 from ambassador._loop cimport due_by, epoll_add
 from ambassador._options cimport CONNECT_TIMEOUT, HALF_CLOSE_TIMEOUT, HOLD, IDLE_TIMEOUT, MAX_HELD
 from ambassador._ready cimport ready_interest
 from ambassador._slab cimport slabs_give, slabs_take
+from ambassador._states cimport (
+    connection_list,
+    connection_move,
+    connection_queue,
+    connection_unlist,
+    first_in,
+    next_of,
+    socket_arm,
+    socket_disarm,
+)
 from ambassador._tcp cimport (
     ACCEPTED,
     BACKEND,
+    BECOMES_SPARE,
     BULK,
     CLIENT,
     CLOSED,
@@ -80,6 +94,7 @@ from ambassador._tcp cimport (
     KEEPALIVE_INTERVAL_S,
     KEEPALIVE_SPREAD_S,
     KEEPALIVE_STEP,
+    MAX_FAILURES,
     MAX_SPARE,
     NO_DESCRIPTOR,
     NO_LOCAL_PORT,
@@ -87,6 +102,8 @@ from ambassador._tcp cimport (
     PUMP_MORE,
     READ_PAUSED,
     REJECTED,
+    REJECTED_REFUSED,
+    REJECTED_UNANSWERED,
     RESET,
     RETRY_FIRST_MS,
     RETRY_LAST_MS,
@@ -98,57 +115,10 @@ from ambassador._tcp cimport (
     STATE_SPARE,
     TO_BACKEND,
     TO_CLIENT,
+    WAS_HELD,
     connection_t,
     loop_t,
 )
-
-# ---------------------------------------------------------------------------------------------- states
-
-
-cdef inline connection_t *first_in(loop_t *loop, int state) noexcept nogil:
-    return <connection_t *>loop.lists[state].head
-
-
-cdef inline connection_t *next_of(connection_t *connection) noexcept nogil:
-    return <connection_t *>connection.link.next
-
-
-cdef inline uint32_t connections_active(loop_t *loop) noexcept nogil:
-    """Return how many have not ended."""
-    return (
-        loop.lists[STATE_CONNECTING].length + loop.lists[STATE_HELD].length + loop.lists[STATE_OPEN].length
-    )
-
-
-cdef inline void connection_unlist(loop_t *loop, connection_t *connection) noexcept nogil:
-    if loop.keepalive_next == connection:
-        loop.keepalive_next = next_of(connection)
-    list_remove(&loop.lists[connection.state], &connection.link)
-
-
-cdef inline void connection_list(loop_t *loop, connection_t *connection, int state) noexcept nogil:
-    """Append it to the list of `state`."""
-    connection.state = state
-    list_append(&loop.lists[state], &connection.link)
-
-
-cdef inline void connection_move(loop_t *loop, connection_t *connection, int state) noexcept nogil:
-    connection_unlist(loop, connection)
-    connection_list(loop, connection, state)
-
-
-cdef inline void connection_queue(loop_t *loop, connection_t *connection) noexcept nogil:
-    """Append it to the ready list, once."""
-    if connection.on_ready_list:
-        return
-    connection.on_ready_list = True
-    connection.next_ready = NULL
-    if loop.ready_tail != NULL:
-        loop.ready_tail.next_ready = connection
-    else:
-        loop.ready_head = connection
-    loop.ready_tail = connection
-
 
 # --------------------------------------------------------------------------------------- spare sockets
 
@@ -201,7 +171,7 @@ cdef inline uint32_t spare_close_all(loop_t *loop) noexcept nogil:
     while loop.lists[STATE_SPARE].head != NULL:
         connection = first_in(loop, STATE_SPARE)
         close(connection.fd[BACKEND])
-        connection.becomes_spare = False
+        connection.marks &= ~BECOMES_SPARE
         connection_move(loop, connection, STATE_CLOSED)  # an event of this batch may still name it
     loop.spare_count -= count
     return count
@@ -248,7 +218,7 @@ cdef inline void connection_close(loop_t *loop, connection_t *connection, int co
         loop.tally[DISCARDED_TO_BACKEND + d] += direction_in_flight(&connection.direction[d])
         direction_release(loop, &connection.direction[d])
     close(connection.fd[CLIENT])
-    if connection.fd[BACKEND] >= 0 and not connection.becomes_spare:
+    if connection.fd[BACKEND] >= 0 and not connection.marks & BECOMES_SPARE:
         close(connection.fd[BACKEND])
     if loop.probe == connection:
         loop.probe = NULL
@@ -257,18 +227,14 @@ cdef inline void connection_close(loop_t *loop, connection_t *connection, int co
     loop.tally[counter] += 1
 
 
-cdef inline void socket_disarm(int fd) noexcept nogil:
-    """Let close(2) end the connection without a reset."""
-    cdef linger disarmed
-    disarmed.l_onoff = disarmed.l_linger = 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &disarmed, sizeof(disarmed))
-
-
 cdef inline void connection_end(loop_t *loop, connection_t *connection) noexcept nogil:
     """Close it cleanly: both directions have ended, and the kernel delivers what is queued."""
+    if linger_is_wanted(loop, connection):
+        linger_begin(loop, connection)
+        return
     socket_disarm(connection.fd[CLIENT])
     if spare_is_wanted(loop) and socket_is_reusable(connection):
-        connection.becomes_spare = True
+        connection.marks |= BECOMES_SPARE
         loop.spare_count += 1
     else:
         socket_disarm(connection.fd[BACKEND])
@@ -283,7 +249,7 @@ cdef inline void free_closed(loop_t *loop) noexcept nogil:
         following = next_of(connection)
         if connection.on_ready_list:
             pass
-        elif connection.becomes_spare:
+        elif connection.marks & BECOMES_SPARE:
             connection_move(loop, connection, STATE_SPARE)
         else:
             connection_unlist(loop, connection)
@@ -294,6 +260,13 @@ cdef inline void free_closed(loop_t *loop) noexcept nogil:
 # ----------------------------------------------------------------------------------------- hold and dial
 
 
+cdef inline void connection_reject(loop_t *loop, connection_t *connection) noexcept nogil:
+    """Reset a client that no backend took, and count why the latest dial failed."""
+    if loop.reject_counter:
+        loop.tally[loop.reject_counter] += 1
+    connection_close(loop, connection, REJECTED)
+
+
 cdef inline void connection_hold(loop_t *loop, connection_t *connection) noexcept nogil:
     """Put it into the held list, sorted by the end of the window. Reject it without a window or room."""
     cdef link_t *after = loop.lists[STATE_HELD].tail
@@ -301,7 +274,7 @@ cdef inline void connection_hold(loop_t *loop, connection_t *connection) noexcep
         connection.times.waiting.hold_until <= loop.now
         or loop.lists[STATE_HELD].length >= loop.option[MAX_HELD]
     ):
-        connection_close(loop, connection, REJECTED)
+        connection_reject(loop, connection)
         return
     while (
         after != NULL
@@ -311,74 +284,119 @@ cdef inline void connection_hold(loop_t *loop, connection_t *connection) noexcep
     connection_unlist(loop, connection)
     connection.state = STATE_HELD
     list_insert(&loop.lists[STATE_HELD], &connection.link, after)
-    if not connection.was_held:
-        connection.was_held = True
+    connection.failures = 0
+    if not connection.marks & WAS_HELD:
+        connection.marks |= WAS_HELD
         loop.tally[HELD_TOTAL] += 1
 
 
-cdef inline void connection_cancel_dial(loop_t *loop, connection_t *connection) noexcept nogil:
-    """Close the backend's socket and hold the client again."""
+cdef inline void connection_hang_up(connection_t *connection) noexcept nogil:
+    """Close the backend's socket."""
     if connection.fd[BACKEND] >= 0:
         close(connection.fd[BACKEND])
         connection.fd[BACKEND] = -1
     connection.ready[BACKEND] = 0
+
+
+cdef inline void connection_cancel_dial(loop_t *loop, connection_t *connection) noexcept nogil:
+    """Close the backend's socket and hold the client again."""
+    connection_hang_up(connection)
     if loop.probe == connection:
         loop.probe = NULL
     connection_hold(loop, connection)
 
 
-cdef inline void connection_dial_failed(loop_t *loop, connection_t *connection, int error) noexcept nogil:
+cdef inline bint dial_was_taken(int error) noexcept nogil:
+    """Whether a dial ended in the reset of a connection that the backend had accepted.
+
+    The kernel says ECONNRESET, EPIPE if the backend had ended its side before, and ECONNREFUSED only if it
+    never accepted (net/ipv4/tcp_input.c, tcp_reset). All else is a timeout, the network's or our own.
+    """
+    return error == ECONNRESET or error == EPIPE
+
+
+cdef inline bint connection_has_next(loop_t *loop, connection_t *connection, int error) noexcept nogil:
+    """Count a dial that failed. Return True if the next backend is to be dialled.
+
+    Otherwise the connection was held, or closed. `error` is 0 after CONNECT_TIMEOUT.
+    """
     loop.tally[DIAL_FAILED] += 1
     if error == EADDRNOTAVAIL:
         loop.tally[NO_LOCAL_PORT] += 1
         connection_close(loop, connection, RESET)
-        return
+        return False
     if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
         loop.tally[NO_DESCRIPTOR] += 1
         loop.out_of_descriptors = True
         spare_close_all(loop)
+    else:
+        loop.reject_counter = REJECTED_REFUSED if error == ECONNREFUSED else REJECTED_UNANSWERED
+        if connection.failures + 1 < <int>min(backends_usable(&loop.backends), <uint32_t>MAX_FAILURES):
+            connection.failures += 1
+            connection_hang_up(connection)
+            return True
     if loop.probe == connection or loop.probe_at <= loop.now:
         loop.probe_at = loop.now + loop.retry_ms
         loop.retry_ms = min(2 * loop.retry_ms, RETRY_LAST_MS)
     connection_cancel_dial(loop, connection)
+    return False
 
 
 cdef inline int backend_socket(connection_t *connection, int family) noexcept nogil:
     """Give it a new socket, armed and with Nagle's delay; -1 with errno."""
-    cdef linger armed
     cdef int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP)
     if fd < 0:
         return -1
-    armed.l_onoff, armed.l_linger = 1, 0
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &armed, sizeof(armed))
+    socket_arm(fd)
     connection.fd[BACKEND], connection.family, connection.sends = fd, <uint8_t>family, 0
     return 0
 
 
-cdef inline bint connection_dial(loop_t *loop, connection_t *connection) noexcept nogil:
-    """Start to connect to the next backend. Return False if that failed at once and the connection moved on.
-
-    There must be a backend with a weight.
-    """
-    cdef backend_t *backend = backends_next(&loop.backends)
+cdef inline int connection_try(
+    loop_t *loop, connection_t *connection, backend_t *backend
+) noexcept nogil:
+    """Start to connect to this backend. Return 0, or the errno if that failed at once."""
     cdef int family = backend.address.v4.sin_family
     cdef bint reused = connection.fd[BACKEND] >= 0 and socket_reuse(loop, connection, family)
     cdef int fd
+    connection.backend = backend.id
     connection.times.waiting.connect_by = loop.now + loop.option[CONNECT_TIMEOUT]
     connection_move(loop, connection, STATE_CONNECTING)
     if not reused and backend_socket(connection, family) < 0:
-        connection_dial_failed(loop, connection, errno)
-        return False
+        return errno
     fd = connection.fd[BACKEND]
-    connection.backend = backend.id
     if connect(fd, <sockaddr *>&backend.address, backend.length) < 0 and errno != EINPROGRESS:
-        connection_dial_failed(loop, connection, errno)
-        return False
+        return errno
     # Epoll watches a spare socket already.
     if not reused and epoll_add(loop.epoll, fd, ready_interest(0), <uintptr_t>connection | BACKEND) < 0:
-        connection_dial_failed(loop, connection, errno)
-        return False
+        return errno
+    return 0
+
+
+cdef inline bint connection_dial_from(
+    loop_t *loop, connection_t *connection, backend_t *backend
+) noexcept nogil:
+    """Start to connect to the backend, or to the next one if that fails at once. Return False if all did."""
+    cdef int error = connection_try(loop, connection, backend)
+    while error:
+        if not connection_has_next(loop, connection, error):
+            return False
+        error = connection_try(loop, connection, backends_after(&loop.backends, connection.backend))
     return True
+
+
+cdef inline bint connection_dial(loop_t *loop, connection_t *connection) noexcept nogil:
+    """Start to connect to a backend. Return False if all failed at once, and the connection moved on.
+
+    There must be a backend with a weight.
+    """
+    return connection_dial_from(loop, connection, backends_next(&loop.backends))
+
+
+cdef inline void connection_dial_failed(loop_t *loop, connection_t *connection, int error) noexcept nogil:
+    """Dial the next backend. If each has had its turn, hold the client."""
+    if connection_has_next(loop, connection, error):
+        connection_dial_from(loop, connection, backends_after(&loop.backends, connection.backend))
 
 
 cdef inline void connection_connected(loop_t *loop, connection_t *connection) noexcept nogil:
@@ -392,6 +410,7 @@ cdef inline void connection_connected(loop_t *loop, connection_t *connection) no
     if loop.keepalive_next == NULL:
         loop.keepalive_next = connection
     loop.retry_ms = RETRY_FIRST_MS
+    loop.reject_counter = 0
     if loop.probe == connection:
         loop.probe = NULL
     # One that fails at once returns to its own place in the list, so the length now bounds the loop.

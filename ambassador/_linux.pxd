@@ -10,7 +10,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EINTR, EAGAIN, EINVAL, ENOSYS, EIO, EMSGSIZE, EPERM, ENOBUFS, ENOMEM, EMFILE, ENFILE
-        ECONNREFUSED, ECONNRESET, ECONNABORTED, EINPROGRESS, EADDRNOTAVAIL
+        ECONNREFUSED, ECONNRESET, ECONNABORTED, EINPROGRESS, EADDRNOTAVAIL, EPIPE
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -38,7 +38,7 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        O_NONBLOCK, O_CLOEXEC, O_RDWR, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ, F_SETFL
+        O_NONBLOCK, O_CLOEXEC, O_RDWR, O_RDONLY, SPLICE_F_NONBLOCK, F_SETPIPE_SZ, F_GETPIPE_SZ, F_SETFL
     int open(const char *path, int flags)
     int fcntl(int fd, int command, ...)
     int pipe2(int fds[2], int flags)
@@ -97,6 +97,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int socket(int family, int kind, int protocol)
     int accept4(int fd, sockaddr *address, socklen_t *length, int flags)
     int connect(int fd, const sockaddr *address, socklen_t length)
+    int getsockname(int fd, sockaddr *address, socklen_t *length)
     int shutdown(int fd, int how)
     int getsockopt(int fd, int level, int option, void *value, socklen_t *length)
     int setsockopt(int fd, int level, int option, const void *value, socklen_t length)
@@ -133,6 +134,7 @@ cdef extern from "<netinet/in.h>" nogil:
         in6_addr ipi6_addr
         unsigned int ipi6_ifindex
     uint16_t htons(uint16_t value)
+    uint16_t ntohs(uint16_t value)
 
 cdef extern from "<netinet/tcp.h>" nogil:
     enum:

@@ -12,7 +12,7 @@ from ambassador._linux cimport (
     pipe2,
 )
 from ambassador._options cimport PIPE_BYTES
-from ambassador._tcp cimport MAX_POOLED_PIPES, MIN_PIPE_BYTES, PIPES_OPEN, loop_t, pipe_t
+from ambassador._tcp cimport MAX_POOLED_PIPES, MIN_PIPE_BYTES, PIPES_AGAIN_MS, PIPES_OPEN, loop_t, pipe_t
 
 
 cdef inline pipe_t *pipe_open(loop_t *loop) noexcept nogil:
@@ -43,7 +43,12 @@ cdef inline pipe_t *pipe_borrow(loop_t *loop) noexcept nogil:
     """Return an empty pipe, NULL if there is none: then the direction copies."""
     cdef pipe_t *pipe = loop.pool
     if pipe == NULL:
-        return pipe_open(loop)
+        if loop.pipes_at > loop.now:
+            return NULL
+        pipe = pipe_open(loop)
+        if pipe == NULL:
+            loop.pipes_at = loop.now + PIPES_AGAIN_MS
+        return pipe
     loop.pool = pipe.next  # the one that was used last: its pages are still in the cache
     loop.pooled -= 1
     return pipe

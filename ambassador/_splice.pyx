@@ -14,8 +14,12 @@ Parts, from the bottom; none calls up:
     _pipes       the pool of pipes for splice
     _ready       the ready bits of a socket
     _direction   read, send, splice, defer, end: what a direction does; it closes nothing
-    _connection  states, hold, dial, keepalive, close, spare sockets
-    this file    events, accept, expiry, the loop, the Python API
+    _states      the lists of connections
+    _linger      sockets with a queue, kept for a drain
+    _own         a connection to itself
+    _connection  hold, dial, keepalive, close, spare sockets
+    _accept      accepting, in turn with the siblings
+    this file    events, expiry, the loop, the Python API
 
 Invariants, beside those of the parts
 -------------------------------------
@@ -31,10 +35,11 @@ Sources: epoll(7), splice(2), socket(7), tcp(7); net/ipv4/tcp.c for what SO_LING
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from ambassador._accept cimport accept_batch, accept_pause, accept_resume, listener_watch, listener_yield
 from ambassador._access cimport access_replace
 from ambassador._backends cimport backends_have, backends_replace
 from ambassador._connection cimport *
@@ -42,25 +47,30 @@ from ambassador._counters cimport (
     COUNTER_BACKENDS, COUNTER_GENERATION, COUNTER_OWN, COUNTER_VERSION, COUNTERS_VERSION, counters_map,
     counters_unmap, siblings_map, siblings_unmap,
 )
+from ambassador._linger cimport drained, linger_due, linger_end_all, linger_event, linger_expire
 from ambassador._linux cimport (
-    EAGAIN, ECONNRESET, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR,
-    EPOLLEXCLUSIVE, EPOLLHUP, EPOLLIN, MADV_DONTNEED, SO_ERROR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET,
-    accept4, close, epoll_create1, epoll_ctl, epoll_event, errno, getsockopt, madvise, munmap, socklen_t,
+    ECONNREFUSED, EPOLL_CLOEXEC, EPOLL_CTL_DEL, EPOLLERR, EPOLLHUP, EPOLLIN, MADV_DONTNEED, SO_ERROR,
+    SOL_SOCKET, close, epoll_create1, epoll_ctl, epoll_event, errno, getsockopt, madvise, munmap, socklen_t,
 )
 from ambassador._loop cimport (
     EVENT_CONTROL, EVENT_LISTENER, HEARTBEAT_MS, MAX_EVENTS, REASON_CONTROL, REASON_DRAINED, due_by,
     epoll_add, idle_begins, loop_wait, monotonic_ms, pages_map,
 )
-from ambassador._options cimport HALF_CLOSE_TIMEOUT, IDLE_TIMEOUT, MAX_CONNECTIONS, options_t
+from ambassador._options cimport HALF_CLOSE_TIMEOUT, IDLE_TIMEOUT, options_t
+from ambassador._own cimport backends_mark_own, connection_met_itself, local_ports
 from ambassador._pipes cimport pool_close
 from ambassador._ready cimport *
 from ambassador._record cimport update_read, update_view_t
 from ambassador._slab cimport slabs_free, slabs_init
+from ambassador._states cimport *
 from ambassador._tcp cimport *
 
 CONTROL = REASON_CONTROL
 DRAINED = REASON_DRAINED
 CONNECTION_BYTES = sizeof(connection_t)
+
+cdef uint16_t first_local_port, last_local_port
+local_ports(&first_local_port, &last_local_port)  # in the fork server: a worker's sandbox forbids it
 
 # ---------------------------------------------------------------------------------------------- events
 
@@ -72,6 +82,8 @@ cdef void connection_event(loop_t *loop, uint64_t data, uint32_t events) noexcep
     cdef socklen_t length = sizeof(error)
     cdef uint8_t known = connection.ready[side], bits = ready_after(known, events)
     if connection.state >= STATE_CLOSED:  # closed by an earlier event of this batch, or spare
+        if connection.state == STATE_LINGERING and side == CLIENT:
+            linger_event(loop, connection)
         return
     connection.ready[side] = bits
     # What was deferred goes to this socket first: if that fails, its end is no clean one.
@@ -89,92 +101,15 @@ cdef void connection_event(loop_t *loop, uint64_t data, uint32_t events) noexcep
             return
         if events & (EPOLLERR | EPOLLHUP):
             getsockopt(connection.fd[BACKEND], SOL_SOCKET, SO_ERROR, &error, &length)
-            if error != ECONNRESET:
+            if not dial_was_taken(error):
                 connection_dial_failed(loop, connection, error)
                 return
-            # It accepted the connection, then reset it. Its bytes are still queued, and ERROR_QUEUED makes
-            # the end behind them a reset.
+            # Its bytes are still queued, and ERROR_QUEUED makes the end behind them a reset.
+        elif connection_met_itself(loop, connection):
+            connection_dial_failed(loop, connection, ECONNREFUSED)
+            return
         connection_connected(loop, connection)
     connection_pump(loop, connection)
-
-
-# ---------------------------------------------------------------------------------------------- accept
-
-
-cdef int listener_watch(loop_t *loop) noexcept nogil:
-    """Have epoll report clients, to one of several workers (EPOLLEXCLUSIVE, which allows no MOD)."""
-    return epoll_add(loop.epoll, loop.listener, EPOLLIN | EPOLLEXCLUSIVE, EVENT_LISTENER)
-
-
-cdef void accept_pause(loop_t *loop) noexcept nogil:
-    """Leave clients in the kernel's backlog for a while, and never spin."""
-    loop.out_of_descriptors = False
-    if loop.draining or loop.accept_at:
-        return
-    epoll_ctl(loop.epoll, EPOLL_CTL_DEL, loop.listener, NULL)
-    loop.accept_at = loop.now + ACCEPT_PAUSE_MS
-
-
-cdef void accept_resume(loop_t *loop) noexcept nogil:
-    loop.accept_at = 0
-    if listener_watch(loop) < 0:  # epoll needs memory too
-        loop.accept_at = loop.now + ACCEPT_PAUSE_MS
-
-
-cdef void accept_one(loop_t *loop, int fd) noexcept nogil:
-    """Take over `fd`. Dial at once, unless other clients wait or no backend has a weight."""
-    cdef bint dials = (
-        loop.backends.total_weight > 0 and loop.lists[STATE_HELD].length == 0 and loop.probe == NULL
-    )
-    cdef connection_t *connection = connection_new(loop, fd, dials)
-    if connection == NULL:
-        close(fd)
-        loop.out_of_descriptors = True
-    elif epoll_add(loop.epoll, fd, ready_interest(0), <uintptr_t>connection | CLIENT) < 0:
-        connection_close(loop, connection, RESET)
-    elif dials:
-        connection_dial(loop, connection)
-    else:
-        connection_hold(loop, connection)
-
-
-cdef bint listener_is_full(loop_t *loop) noexcept nogil:
-    """Whether all workers of the listener together have MAX_CONNECTIONS.
-
-    Two that accept at one moment may exceed the limit by one each.
-    """
-    cdef uint64_t active = connections_active(loop)
-    cdef uint32_t i
-    if not loop.option[MAX_CONNECTIONS]:
-        return False
-    for i in range(loop.sibling_count):
-        active += loop.siblings[i][COUNTER_OWN + ACTIVE]
-    return active >= <uint64_t>loop.option[MAX_CONNECTIONS]
-
-
-cdef void accept_batch(loop_t *loop) noexcept nogil:
-    cdef int fd, _one
-    for _one in range(ACCEPT_BATCH):
-        fd = accept4(loop.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
-        if fd >= 0 and listener_is_full(loop):
-            close(fd)  # a reset: it inherits SO_LINGER 0. Left in the backlog, it would get no answer
-            loop.tally[ACCEPTED] += 1
-            loop.tally[REJECTED] += 1
-            loop.tally[OVER_LIMIT] += 1
-        elif fd >= 0:
-            accept_one(loop, fd)
-            if loop.sibling_count:
-                loop.page[COUNTER_OWN + ACTIVE] = connections_active(loop)
-        elif errno == EAGAIN:
-            return
-        elif errno == EMFILE or errno == ENFILE or errno == ENOBUFS or errno == ENOMEM:
-            if spare_close_all(loop):
-                continue
-            loop.tally[NO_DESCRIPTOR] += 1
-            loop.out_of_descriptors = True
-            return
-        # Any other error (ECONNABORTED, EPROTO, EINTR, the network's) is of one connection that is already
-        # gone: accept(2), "Error handling".
 
 
 # ---------------------------------------------------------------------------------------------- expiry
@@ -214,13 +149,14 @@ cdef void expire(loop_t *loop) noexcept nogil:
         head = first_in(loop, STATE_CONNECTING)
     head = first_in(loop, STATE_HELD)
     while head != NULL and head.times.waiting.hold_until <= loop.now:
-        connection_close(loop, head, REJECTED)
+        connection_reject(loop, head)
         head = first_in(loop, STATE_HELD)
     while loop.keepalive_next != NULL and loop.keepalive_next.times.open.keepalive_at <= loop.now:
         connection_keep_alive(loop, loop.keepalive_next)
         loop.keepalive_next = next_of(loop.keepalive_next)
     if loop.expire_at and loop.expire_at <= loop.now:
         expire_idle(loop)
+    linger_expire(loop)
     if loop.accept_at and loop.accept_at <= loop.now:
         accept_resume(loop)
     if probe_is_wanted(loop) and loop.probe_at <= loop.now:
@@ -229,10 +165,6 @@ cdef void expire(loop_t *loop) noexcept nogil:
 
 
 # ------------------------------------------------------------------------------------------------ loop
-
-
-cdef inline bint drained(loop_t *loop) noexcept nogil:
-    return loop.draining and (loop.drain_at <= loop.now or not connections_active(loop))
 
 
 cdef inline int64_t next_due(loop_t *loop) noexcept nogil:
@@ -250,8 +182,7 @@ cdef inline int64_t next_due(loop_t *loop) noexcept nogil:
         due_by(&due, loop.keepalive_next.times.open.keepalive_at)
     due_by(&due, loop.expire_at)
     due_by(&due, loop.accept_at)
-    if loop.draining:
-        due_by(&due, loop.drain_at)
+    linger_due(loop, &due)
     return due
 
 
@@ -295,6 +226,7 @@ cdef int loop_run(loop_t *loop) noexcept nogil:
         free_closed(loop)  # no event can name them now
         if clients and not loop.accept_at and not loop.out_of_descriptors:
             accept_batch(loop)
+            listener_yield(loop)
         if loop.out_of_descriptors:
             accept_pause(loop)
         publish(loop)
@@ -337,7 +269,9 @@ cdef void apply_backends(loop_t *loop) noexcept nogil:
     free_closed(loop)
     spare_close_all(loop)
     loop.retry_ms = RETRY_FIRST_MS
+    loop.reject_counter = 0
     loop.probe_at = loop.now
+    backends_mark_own(loop)
 
 
 # ---------------------------------------------------------------------------------------------- Python
@@ -374,6 +308,7 @@ cdef class TcpLoop:
         if siblings:
             siblings_map(siblings, &loop.siblings, &loop.sibling_count)
         loop.retry_ms = RETRY_FIRST_MS
+        loop.first_local_port, loop.last_local_port = first_local_port, last_local_port
         loop.now = monotonic_ms()
         slabs_init(&loop.connections, sizeof(connection_t))
         loop.workspace = <workspace_t *>pages_map(sizeof(workspace_t))
@@ -394,6 +329,7 @@ cdef class TcpLoop:
         for state in range(STATE_CLOSED):
             while loop.lists[state].head != NULL:
                 connection_close(loop, first_in(loop, state), RESET)
+        linger_end_all(loop)
         pump_ready_list(loop)  # empties it: none is open
         free_closed(loop)  # makes spare ones, too
         spare_close_all(loop)

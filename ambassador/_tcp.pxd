@@ -3,7 +3,7 @@
 `loop.tally` and the page are written and never read: what decides is a field of the loop.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ambassador._access cimport access_t
 from ambassador._backends cimport backends_t
@@ -25,14 +25,17 @@ cdef enum:
 cdef enum:
     MIN_PIPE_BYTES = 65536  # a smaller pipe is worse than copying
     SPLICE_BYTES = 1 << 30  # no limit: a pipe's slots are the limit, and each holds up to a large page
+    PIPES_AGAIN_MS = 1000  # after the kernel gave none: each try costs up to five calls
     MAX_POOLED_PIPES = 64  # kept open during a burst: 64 x 1 MiB is the default user's share
 
 cdef enum:
     MAX_SPARE = 64  # backend sockets kept for the next client during a burst
     ACCEPT_BATCH = 4  # connections a turn: HAProxy measured 4 better than 64
+    MAX_AHEAD = 4  # connections over its fair share, and an eighth of that, that a worker may have
     ACCEPT_PAUSE_MS = 100  # without a free descriptor
     RETRY_FIRST_MS = 10  # a starting server listens within tens of milliseconds of its container's start
     RETRY_LAST_MS = 100
+    MAX_FAILURES = 255  # backends that one client tries before it is held
 
 cdef enum:
     KEEPALIVE_AFTER_MS = 10000  # short connections need none, and its six calls are a third of their cost
@@ -41,6 +44,9 @@ cdef enum:
     KEEPALIVE_STEP = 23  # shares no divisor with the spread, so it reaches every value
     KEEPALIVE_INTERVAL_S = 10
     KEEPALIVE_COUNT = 6
+    LINGER_MS = 60000  # a socket with a queue is kept so long after its end, before a drain
+    MAX_LINGERING = 64  # of these; a drain keeps all
+    SETTLE_MS = 200  # a drain gives the kernel this time after the last end that it did not see
     EXPIRE_SHARE = 16  # idle connections are looked at every 1/16 of their deadline, so it is kept to 6 %
 
 # ----------------------------------------------------------------------------------------------- enums
@@ -59,6 +65,7 @@ cdef enum:  # states of a connection, each with a list
     STATE_OPEN
     STATE_CLOSED
     STATE_SPARE
+    STATE_LINGERING  # ended and counted; the kernel still has bytes for the client
     STATES
 
 cdef enum:  # ready bits of a socket: who sets and clears them is in _ready.pxd
@@ -78,6 +85,10 @@ cdef enum:  # flags of a direction
     DEFERRED = 16  # `unsent` is a part of the loop's buffer, until the end of the batch
     BULK = 32  # was spliced once: the kernel has given its sockets large buffers
 
+cdef enum:  # marks of a connection
+    WAS_HELD = 1
+    BECOMES_SPARE = 2  # once closed
+
 cdef enum:  # results of a pump
     PUMP_WAIT = 0  # for an event
     PUMP_MORE = 1  # call again: the budget is spent
@@ -95,6 +106,8 @@ cdef enum:  # counters: the rows of counters.py TCP, in their order (a test comp
     HELD
     HELD_TOTAL
     DIAL_FAILED
+    REJECTED_REFUSED
+    REJECTED_UNANSWERED
     NO_LOCAL_PORT
     NO_DESCRIPTOR
     RECEIVED_FROM_CLIENT  # + d: received = sent + in flight + discarded
@@ -140,6 +153,7 @@ cdef struct open_t:
 cdef union times_t:
     waiting_t waiting  # connecting or held
     open_t open
+    int64_t linger_until  # ms; after this the kernel is left alone with what is queued
 
 cdef struct connection_t:  # 128 bytes, two cache lines
     link_t link
@@ -147,9 +161,9 @@ cdef struct connection_t:  # 128 bytes, two cache lines
     uint8_t ready[2]
     uint8_t state
     uint8_t on_ready_list
-    uint8_t was_held
+    uint8_t marks  # WAS_HELD, BECOMES_SPARE
     uint8_t sends  # to the backend, counted up to 2
-    uint8_t becomes_spare  # once closed
+    uint8_t failures  # backends that failed since it was accepted, held or released
     uint8_t family  # of the backend's socket
     direction_t direction[2]  # TO_BACKEND, TO_CLIENT
     uint64_t backend  # id of the one that was dialled
@@ -187,6 +201,9 @@ cdef struct loop_t:
     uint32_t spare_count  # spare sockets, with those of connections that become spare
     connection_t *probe  # the held connection that tries the backend
     uint32_t retry_ms
+    int reject_counter  # REJECTED_..., as the latest dial failed; 0 if none has since a backend came
+    uint16_t first_local_port  # the kernel's range of local ports
+    uint16_t last_local_port
     # Moving bytes.
     workspace_t *workspace
     uint32_t deferred_bytes  # at the start of the buffer, COPY_BYTES at most
@@ -196,10 +213,13 @@ cdef struct loop_t:
     bint no_splice  # the kernel or a seccomp filter refuses it
     pipe_t *pool
     uint32_t pooled
+    int64_t pipes_at  # until then the kernel is not asked for pipes
     # When; 0 is never.
     int64_t probe_at
     int64_t expire_at  # when an idle or half-closed connection may be due
     int64_t accept_at  # when accepting resumes
+    int64_t yielded_at  # when this worker last went behind its siblings at the listener
+    int64_t ended_at  # when a connection last ended without being asked for its queue
     int64_t drain_at
     int64_t busy_at
     bint draining

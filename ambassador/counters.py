@@ -17,7 +17,8 @@ class Counter:
     """One word of a worker's page.
 
     A gauge says what is so now and ends with its worker; all others only rise. `unit` is "" or "bytes".
-    `loss` is the log line for a rise, "" if nobody need hear of it.
+    `loss` is the log line for a rise, "" if nobody need hear of it. A part of another counter has a line of
+    its own: the other's line leaves it out.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Counter:
     gauge: bool = False
     unit: str = ""
     loss: str = ""
+    part_of: str = ""
 
 
 TCP = (
@@ -40,6 +42,18 @@ TCP = (
     Counter("held", "connections that wait for a backend", gauge=True),
     Counter("held_total", "connections that had to wait for a backend"),
     Counter("dial_failed", "attempts to connect to a backend that failed"),
+    Counter(
+        "rejected_refused",
+        "rejected connections that the backend refused",
+        loss="connections rejected, backend refused: does it listen on 0.0.0.0?",
+        part_of="rejected",
+    ),
+    Counter(
+        "rejected_unanswered",
+        "rejected connections that the backend did not answer",
+        loss="connections rejected, backend does not answer: look for a firewall or icc=false",
+        part_of="rejected",
+    ),
     Counter(
         "no_local_port",
         "connections reset for want of a local port",
@@ -61,6 +75,7 @@ TCP = (
         "over_limit",
         "rejected connections that were over the limit",
         loss="connections rejected, over -max-connections",
+        part_of="rejected",
     ),
     Counter(
         "idle_closed",

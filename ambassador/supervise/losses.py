@@ -34,13 +34,15 @@ class Losses:
 
     def __init__(self, protocol: Protocol) -> None:
         self._rows = [row for row in COUNTERS[protocol] if row.loss]
+        self._parts = [row for row in self._rows if row.part_of]
         self._reported: dict[str, int] = {}
 
     def risen(self, counters: Mapping[str, int]) -> Iterator[tuple[Counter, int]]:
         """What was lost since the last call: the row, and by how much it rose."""
         now = dict(counters)
-        if "over_limit" in now:
-            now["rejected"] -= now["over_limit"]  # these have a line of their own
+        for part in self._parts:
+            if part.name in now:
+                now[part.part_of] -= now[part.name]
         for row in self._rows:
             rise = now.get(row.name, 0) - self._reported.get(row.name, 0)
             if rise > 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 
 from ambassador.counters import TCP, UDP
-from tests.support.endpoints import Peers
+from tests.support.endpoints import Peers, read_to_reset
+from tests.support.net import linked
 from tests.support.wait import wait_until
 from tests.support.worker import StartWorker, destination
 
@@ -18,11 +19,28 @@ def test_a_rejected_connection_is_a_loss_once(start_tcp: StartWorker, peers: Pee
     for _ in range(3):
         assert peers.is_refused(worker)
     worker.wait_for(rejected=3)
-    assert worker.losses() == {"rejected": 3}
+    assert worker.losses() == {"rejected_refused": 3}
     assert worker.losses() == {}
     assert peers.is_refused(worker)
     worker.wait_for(rejected=4)
-    assert worker.losses() == {"rejected": 1}
+    assert worker.losses() == {"rejected_refused": 1}
+
+
+def test_a_backend_that_does_not_answer_is_another_loss(
+    start_tcp: StartWorker, peers: Peers
+) -> None:
+    """C12: packets that vanish have a line of their own; without a backend it is the plain one."""
+    with linked() as namespace:
+        worker = start_tcp(
+            destination((namespace.black_hole4(), 80)), connect_timeout=100, hold=150
+        )
+        assert read_to_reset(peers.connect(worker)) == b""
+        worker.wait_for(rejected=1)
+        assert worker.losses() == {"rejected_unanswered": 1}
+        worker.repoint()
+        assert read_to_reset(peers.connect(worker)) == b""
+        worker.wait_for(rejected=2)
+        assert worker.losses() == {"rejected": 1}
 
 
 def test_a_dropped_datagram_is_a_loss(start_udp: StartWorker, peers: Peers) -> None:

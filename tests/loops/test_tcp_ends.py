@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -241,3 +242,77 @@ def test_drain_ends_with_the_last_connection(start_tcp: StartWorker, peers: Peer
     assert read_to_end(backend) == b""
     backend.close()
     assert worker.exit_code(timeout_s=3) == 0
+
+
+SIZE = 3 * MIB
+
+
+def slow_tail(worker: Worker, server: socket.socket, peers: Peers) -> socket.socket:
+    """A client that has half-closed and reads nothing; the kernel has the whole answer."""
+    client = peers.keep(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
+    client.connect(("127.0.0.1", worker.port))
+    client.settimeout(20)
+    client.sendall(b"get")
+    client.shutdown(socket.SHUT_WR)
+    backend = peers.accept(server)
+    assert read_to_end(backend) == b"get"
+    backend.sendall(bytes(SIZE))
+    backend.close()
+    worker.wait_for(closed=1, active=0)
+    return client
+
+
+def test_drain_waits_for_the_tail_of_an_ended_connection(
+    start_tcp: StartWorker, peers: Peers
+) -> None:
+    """P2: the container's network goes with the worker, so it stays until the client has all."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client = slow_tail(worker, server, peers)
+    worker.drain(60_000)
+    worker.listener.close()
+    wait_until(lambda: 3 not in worker.descriptors(), "the listener stays open")
+    time.sleep(0.5)
+    assert not worker.yard.has_exited(worker.pid), "it leaves while its client reads"
+    assert len(read_to_end(client)) == SIZE
+    assert worker.exit_code(timeout_s=3) == 0
+
+
+def test_the_tail_of_an_ended_connection_is_reset_at_the_deadline(
+    start_tcp: StartWorker, peers: Peers
+) -> None:
+    """P2: never silence: what is not delivered by the deadline ends in a reset."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client = slow_tail(worker, server, peers)
+    worker.drain(300)
+    assert worker.exit_code() == 0
+    assert len(read_to_reset(client)) < SIZE
+
+
+def test_a_tail_is_not_kept_longer_than_it_takes(start_tcp: StartWorker, peers: Peers) -> None:
+    """T4: without a drain the socket goes as soon as the client has all."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client = slow_tail(worker, server, peers)
+    kept = len(worker.descriptors())
+    assert len(read_to_end(client)) == SIZE
+    wait_until(lambda: len(worker.descriptors()) < kept, "the socket stays open")
+    assert worker.counters()["closed"] == 1
+
+
+def test_a_drain_gives_the_kernel_a_moment_after_the_last_end(
+    start_tcp: StartWorker, peers: Peers
+) -> None:
+    """P2: a small answer that was sent just before is on its way."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    client, backend = peers.pair(worker, server)
+    client.shutdown(socket.SHUT_WR)
+    backend.close()
+    worker.wait_for(closed=1)
+    begin = time.monotonic()
+    worker.drain(60_000)
+    assert worker.exit_code(timeout_s=3) == 0
+    assert time.monotonic() - begin > 0.05

@@ -16,6 +16,7 @@ from tests.support.endpoints import (
     read_exactly,
     read_to_end,
     read_to_reset,
+    reset,
     send_tape,
 )
 from tests.support.strace import injected, injections
@@ -165,6 +166,38 @@ def test_pipes_shrink_to_a_page(start_tcp: StartWorker, peers: Peers) -> None:
     worker = start_tcp(destination(server))
     check_intact(worker, peers, server, {"fcntl": "retval=4096"})
     assert worker.counter("pipes_open") == 0
+
+
+def test_denied_pipes_are_not_asked_for_at_each_move(start_tcp: StartWorker, peers: Peers) -> None:
+    """R2: while the kernel gives no pipe, a bulk stream costs what a copied one costs."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    begin = time.monotonic()
+    with injected(worker.pid, "pipe2:error=ENFILE") as log:
+        for _ in range(3):
+            client, backend = peers.pair(worker, server)
+            exchange(client, backend, 32 * MIB)
+        tries = injections(log, "pipe2")
+    assert 1 <= tries <= 2 + time.monotonic() - begin
+
+
+@pytest.mark.parametrize("end", [True, False], ids=["end", "no-end"])
+def test_answered_and_reset_before_the_loop_looks(
+    start_tcp: StartWorker, peers: Peers, end: bool
+) -> None:
+    """T6: the backend took the connection: its words arrive, and it is dialled once."""
+    server = peers.server()
+    worker = start_tcp(destination(server))
+    with injected(worker.pid, "connect:delay_exit=300000"):
+        client = peers.connect(worker)
+        backend = peers.accept(server)
+        backend.sendall(b"421 too many")
+        if end:
+            backend.shutdown(socket.SHUT_WR)
+        reset(backend)
+        assert read_to_reset(client) == b"421 too many"
+    worker.wait_for(accepted=1, reset=1, dial_failed=0, held_total=0)
+    check_tcp_counters(worker)
 
 
 @pytest.mark.parametrize("call", ["socket", "connect"])

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from ambassador.values import Protocol
 from tests.support.endpoints import Peers, read_exactly, read_to_end, read_to_reset, reset
-from tests.support.net import Namespace, linked
+from tests.support.net import Namespace, enter_namespace, linked, new_namespace
 from tests.support.wait import wait_until
-from tests.support.worker import Destination, StartWorker, check_tcp_counters, destination
+from tests.support.worker import (
+    Destination,
+    StartWorker,
+    Worker,
+    Yard,
+    check_tcp_counters,
+    destination,
+)
 
 
 def test_held_until_there_is_a_backend(start_tcp: StartWorker, peers: Peers, loopback: str) -> None:
@@ -328,3 +338,57 @@ def test_out_of_the_black_hole(
         assert read_exactly(client, 3) == b"out"
     assert time.monotonic() - begin < 1.0
     check_tcp_counters(worker)
+
+
+# ---------------------------------------------------------------------------- several, and oneself
+
+
+def test_a_backend_that_refuses_leads_to_the_next(start_tcp: StartWorker, peers: Peers) -> None:
+    """C11: nobody is held or rejected while another backend of the list takes connections."""
+    refusing, silent, server = peers.bound(), peers.bound(), peers.server()
+    worker = start_tcp(
+        destination(refusing, 1), destination(silent, 2), destination(server, 3), hold=0
+    )
+    for number in range(1, 7):
+        client = peers.connect(worker)
+        peers.accept(server).sendall(b"here")
+        assert read_exactly(client, 4) == b"here"
+        worker.wait_for(accepted=number, rejected=0, held_total=0)
+    assert worker.counter("dial_failed") >= 4
+    server.close()
+    assert peers.is_refused(worker), "each has had its turn"
+    worker.wait_for(rejected=1, rejected_refused=1)
+    check_tcp_counters(worker)
+
+
+@pytest.mark.alone
+def test_the_loop_does_not_take_itself_for_the_backend(peers: Peers) -> None:
+    """C11: nobody listens at a local port of the kernel's range: a dial may meet its own socket.
+
+    The kernel prefers ports of the parity of the first one.
+    """
+    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    inside = new_namespace()
+    enter_namespace(inside)
+    try:
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40009")
+        yard = Yard()
+        worker = Worker(yard, Protocol.TCP, destination(("127.0.0.1", 40002)), hold=30_000)
+        client = peers.keep(socket.socket())
+        client.bind(("127.0.0.1", 30_001))
+        client.connect(("127.0.0.1", worker.port))
+        client.sendall(b"my secret")
+        wait_until(
+            lambda: worker.counter("dial_failed") >= 30 or worker.counter("sent_to_backend"),
+            "it does not try",
+        )
+        assert worker.counter("sent_to_backend") == 0
+        server = peers.keep(socket.create_server(("127.0.0.1", 40002)))
+        backend = peers.accept(server)
+        assert read_exactly(backend, 9) == b"my secret"
+        worker.close()
+        yard.close()
+    finally:
+        enter_namespace(here)
+        os.close(here)
+        os.close(inside)

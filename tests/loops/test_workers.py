@@ -12,7 +12,7 @@ import psutil
 from ambassador.values import Protocol
 from tests.support.endpoints import Peers, Server, read_exactly, read_to_reset
 from tests.support.net import free_port
-from tests.support.processes import is_gone, stopped
+from tests.support.processes import descriptors, is_gone, stopped
 from tests.support.program import Run
 from tests.support.wait import wait_until
 from tests.support.worker import bind_free
@@ -86,3 +86,21 @@ def test_a_port_that_somebody_has_is_not_shared(run: Run) -> None:
     assert program.workers(str(listener)) == []
     sock.close()
     program.has(str(listener), 2)
+
+
+def test_tcp_connections_that_stay_open_are_shared(run: Run, peers: Peers) -> None:
+    """W8: a pool opens its connections one after the other: no worker has most of them."""
+    server = peers.server()
+    port = free_port()
+    program = run("-workers", "3", f"{port}/tcp=127.0.0.1:{server.getsockname()[1]}")
+    program.has(f"{port}/tcp", 3)
+    for _ in range(201):
+        client = peers.connect(port)
+        peers.accept(server).sendall(b"+")
+        assert read_exactly(client, 1) == b"+"
+    shares = [
+        sum(name.startswith("socket:") for name in descriptors(pid).values()) // 2
+        for pid in program.workers(f"{port}/tcp")
+    ]
+    assert sum(shares) == 201
+    assert max(shares) <= 2 * 201 / 3, shares
