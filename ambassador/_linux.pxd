@@ -11,6 +11,7 @@ cdef extern from "<errno.h>" nogil:
     enum:
         EINTR, EAGAIN, EINVAL, ENOSYS, EIO, EMSGSIZE, EPERM, ENOBUFS, ENOMEM, EMFILE, ENFILE
         ECONNREFUSED, ECONNRESET, ECONNABORTED, EINPROGRESS, EADDRNOTAVAIL
+        ENETDOWN, ENETUNREACH, ENODEV
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -97,6 +98,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int socket(int family, int kind, int protocol)
     int accept4(int fd, sockaddr *address, socklen_t *length, int flags)
     int connect(int fd, const sockaddr *address, socklen_t length)
+    int getsockname(int fd, sockaddr *address, socklen_t *length)
     int shutdown(int fd, int how)
     int getsockopt(int fd, int level, int option, void *value, socklen_t *length)
     int setsockopt(int fd, int level, int option, const void *value, socklen_t length)
