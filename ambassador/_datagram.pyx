@@ -143,7 +143,6 @@ from ambassador._udp cimport (
     SESSION_LISTS,
     SESSIONS_ACTIVE,
     SESSIONS_EXPIRED,
-    SETTLED,
     TO_CLIENT,
     UNASSURED_LIST,
     UNASSURED_SHARE,

@@ -120,7 +120,7 @@ cdef extern from *:
     #endif
         ALLOW(epoll_pwait), ALLOW(epoll_ctl), ALLOW(accept4), ALLOW(connect), ALLOW(close),
         ALLOW(shutdown), ALLOW(recvmsg), ALLOW(sendmsg),
-        ALLOW(getsockname),  /* of its own sockets: _own.pxd, _dial.pxd */
+        ALLOW(getsockname),  /* of its own sockets: _own.pxd */
         ALLOW(epoll_create1),  /* once, when the loop is made */
         CALL(socket,
              ARGUMENT(0),

@@ -289,18 +289,18 @@ cdef inline void session_raise_hops(loop_t *loop, session_t *session, uint8_t ho
 cdef inline int session_dial(loop_t *loop, session_t *session) noexcept nogil:
     """Give it a socket that is connected to the next backend. 0, or the counter of what that drops."""
     cdef backend_t *backend
-    cdef int error = 0, attempt
+    cdef int error = 0, _attempt
     cdef bint evicted = False, lacking
     if loop.backends.total_weight == 0:
         return DROPPED_NO_BACKEND
     backend = backends_next(&loop.backends)
-    for attempt in range(DIAL_ATTEMPTS):
+    for _attempt in range(DIAL_ATTEMPTS):
         error = socket_dial(loop, session, backend)
         if error == 0:
             return 0
         if error == ECONNREFUSED:  # it met itself: another port
             continue
-        if error == EAGAIN:  # no local port: others may take the one that this frees, so assured sessions stay
+        if error == EAGAIN:  # no local port; others may take the one that this frees: assured sessions stay
             evicted = session_evict(loop, session, True, False)
         else:
             lacking = error == EMFILE or error == ENFILE

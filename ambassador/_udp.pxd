@@ -1,6 +1,7 @@
 """The UDP loop's vocabulary: limits, enums, counters, structs. No functions.
 
-_dial.pxd, _batch.pxd, _session.pxd and _datagram.pyx work on these; each may use what stands before it in this list.
+_dial.pxd, _batch.pxd, _session.pxd and _datagram.pyx work on these; each may use what stands before it in
+this list.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t

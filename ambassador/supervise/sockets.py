@@ -128,9 +128,10 @@ class QueueDrops:
 
     def _risen(self, sock: socket.socket) -> int:
         try:
-            now = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))[-1]
+            info = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
         except (OSError, struct.error):  # before Linux 4.12
             return 0
+        now = int(info[-1])
         rise = (now - self._reported.get(sock, 0)) % (1 << 32)
         self._reported[sock] = now
         return rise
