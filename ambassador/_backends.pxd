@@ -1,8 +1,8 @@
 """The backends that a loop may use, replaced whole by each update."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from ambassador._linux cimport AF_INET, AF_INET6, htons, sockaddr_in, sockaddr_in6, socklen_t
 from ambassador._record cimport backend_item_t, update_view_t
@@ -74,6 +74,39 @@ cdef inline int backends_change(backends_t *old, backend_t *items, uint32_t coun
         ):
             change = BACKENDS_CHANGED
     return change
+
+
+cdef inline void address_bytes(address_t *address, uint8_t *bytes) noexcept nogil:
+    """Write the 16 bytes of an address; those of IPv4 in their IPv6 form."""
+    if address.v4.sin_family == AF_INET6:
+        memcpy(bytes, &address.v6.sin6_addr, 16)
+    else:
+        memset(bytes, 0, 10)
+        memset(bytes + 10, 0xFF, 2)
+        memcpy(bytes + 12, &address.v4.sin_addr, 4)
+
+
+cdef inline bint address_is(address_t *one, address_t *other) noexcept nogil:
+    """Whether both are the same address and port, in whichever form."""
+    cdef uint8_t bytes[2][16]
+    if one.v4.sin_port != other.v4.sin_port:  # at one place in both families
+        return False
+    address_bytes(one, bytes[0])
+    address_bytes(other, bytes[1])
+    if memcmp(bytes[0], bytes[1], 16) != 0:
+        return False
+    if one.v4.sin_family == AF_INET6 and other.v4.sin_family == AF_INET6:
+        return one.v6.sin6_scope_id == other.v6.sin6_scope_id
+    return True
+
+
+cdef inline bint backends_have_address(backends_t *backends, address_t *address) noexcept nogil:
+    """Whether a backend in the list has this address and port."""
+    cdef uint32_t i
+    for i in range(backends.count):
+        if address_is(&backends.items[i].address, address):
+            return True
+    return False
 
 
 cdef inline int backends_replace(backends_t *backends, update_view_t *view) except -1:

@@ -4,10 +4,11 @@ Invariants: a receive batch's buffers stay untouched while `used` covers them; a
 one session; all that is added to a send batch lives until the flush.
 """
 
-from libc.stdint cimport uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from ambassador._backends cimport address_t
+from ambassador._dial cimport socket_redial
 from ambassador._linux cimport (
     AF_INET6,
     CMSG_DATA,
@@ -15,6 +16,7 @@ from ambassador._linux cimport (
     CMSG_LEN,
     CMSG_NXTHDR,
     CMSG_SPACE,
+    EADDRNOTAVAIL,
     ECONNREFUSED,
     EINTR,
     EINVAL,
@@ -51,6 +53,7 @@ from ambassador._udp cimport (
     DROPPED_SEND_TO_BACKEND,
     GSO_REFUSED,
     HEADER_BYTES,
+    KERNEL_SOURCE,
     MAX_RUN_BYTES,
     MAX_RUN_SEGMENTS,
     MESSAGES_TO_BACKEND,
@@ -144,10 +147,13 @@ cdef inline int receive(loop_t *loop, int fd, reads_t *reads) noexcept nogil:
 cdef inline uint32_t message_segment(msghdr *header, key_t *key, int *hops) noexcept nogil:
     """Return the size of a run's datagrams, 0 for a single one.
 
-    Fill in the local address and the hop limit that it arrived with, unless `key` is NULL.
+    Fill in the hop limit that it arrived with and the local address to answer from, unless `key` is NULL.
+    Nobody can answer from a multicast address, so that is 0, the kernel's choice; nor from a broadcast
+    address, for which IPv4 names a local one. A dual-stack socket reports the latter behind the IPv6 form.
     """
     cdef cmsghdr *item = CMSG_FIRSTHDR(header)
     cdef uint32_t segment = 0
+    cdef int place = 0
     while item != NULL:
         if item.cmsg_level == IPPROTO_UDP and item.cmsg_type == UDP_GRO:
             segment = (<int *>CMSG_DATA(item))[0]
@@ -155,8 +161,11 @@ cdef inline uint32_t message_segment(msghdr *header, key_t *key, int *hops) noex
             pass
         elif item.cmsg_level == IPPROTO_IPV6 and item.cmsg_type == IPV6_PKTINFO:
             memcpy(key.local, &(<in6_pktinfo *>CMSG_DATA(item)).ipi6_addr, 16)
+            place = 12
+            if (<uint8_t *>key.local)[0] == 0xFF:
+                memset(key.local, 0, 16)
         elif item.cmsg_level == IPPROTO_IP and item.cmsg_type == IP_PKTINFO:
-            memcpy(key.local, &(<in_pktinfo *>CMSG_DATA(item)).ipi_spec_dst, 4)
+            memcpy(<uint8_t *>key.local + place, &(<in_pktinfo *>CMSG_DATA(item)).ipi_spec_dst, 4)
         elif (
             item.cmsg_level == IPPROTO_IP and item.cmsg_type == IP_TTL
             or item.cmsg_level == IPPROTO_IPV6 and item.cmsg_type == IPV6_HOPLIMIT
@@ -215,6 +224,11 @@ cdef inline bint send_join(
     return True
 
 
+cdef inline bint is_ipv4_form(key_t *key) noexcept nogil:
+    """Whether an IPv6 socket's client has an IPv4 address."""
+    return key.client[0] == 0 and (<uint8_t *>key.client)[10] == 0xFF
+
+
 cdef inline void send_headers(send_batch_t *batch, uint32_t place, int d) noexcept nogil:
     """Write one message's headers: the client, the local address, and the size of a run's segments."""
     cdef session_t *session = batch.sessions[place]
@@ -222,7 +236,7 @@ cdef inline void send_headers(send_batch_t *batch, uint32_t place, int d) noexce
     cdef cmsghdr *item
     cdef in6_pktinfo *local6
     cdef in_pktinfo *local4
-    cdef size_t used = 0
+    cdef size_t used = 0, prefix
     if d == TO_BACKEND and batch.segments[place] == 1:
         return
     header.msg_control = &batch.control[place][0]
@@ -237,12 +251,16 @@ cdef inline void send_headers(send_batch_t *batch, uint32_t place, int d) noexce
             item.cmsg_len = CMSG_LEN(sizeof(in6_pktinfo))
             local6 = <in6_pktinfo *>CMSG_DATA(item)
             memcpy(&local6.ipi6_addr, session.key.local, 16)
+            if session.flags & KERNEL_SOURCE:
+                prefix = 12 if is_ipv4_form(&session.key) else 0
+                memset(<uint8_t *>&local6.ipi6_addr + prefix, 0, 16 - prefix)
             used += CMSG_SPACE(sizeof(in6_pktinfo))
         else:
             item.cmsg_level, item.cmsg_type = IPPROTO_IP, IP_PKTINFO
             item.cmsg_len = CMSG_LEN(sizeof(in_pktinfo))
             local4 = <in_pktinfo *>CMSG_DATA(item)
-            memcpy(&local4.ipi_spec_dst, session.key.local, 4)
+            if not session.flags & KERNEL_SOURCE:
+                memcpy(&local4.ipi_spec_dst, session.key.local, 4)
             used += CMSG_SPACE(sizeof(in_pktinfo))
         item = CMSG_NXTHDR(header, item)
     if batch.segments[place] > 1:
@@ -251,6 +269,17 @@ cdef inline void send_headers(send_batch_t *batch, uint32_t place, int d) noexce
         (<uint16_t *>CMSG_DATA(item))[0] = batch.segment[place]
         used += CMSG_SPACE(sizeof(uint16_t))
     header.msg_controllen = used
+
+
+cdef inline bint send_unbind_source(send_batch_t *batch, uint32_t place, int error) noexcept nogil:
+    """Let the kernel choose where the session's replies leave from, if it refuses the address that the client
+    wrote to. Whether to send again."""
+    cdef session_t *session = batch.sessions[place]
+    if (error != EINVAL and error != EADDRNOTAVAIL) or session.flags & KERNEL_SOURCE:
+        return False
+    session.flags |= KERNEL_SOURCE
+    send_headers(batch, place, TO_CLIENT)
+    return True
 
 
 cdef inline void send_split(loop_t *loop, int fd, uint32_t place, int d) noexcept nogil:
@@ -270,7 +299,11 @@ cdef inline void send_split(loop_t *loop, int fd, uint32_t place, int d) noexcep
             piece.iov_base = <char *>run[i].iov_base + start
             piece.iov_len = min(<size_t>batch.segment[place], run[i].iov_len - start)
             start += piece.iov_len
-            if sendmsg(fd, &header, MSG_DONTWAIT) < 0:
+            if sendmsg(fd, &header, MSG_DONTWAIT) < 0 and not (
+                d == TO_BACKEND
+                and socket_redial(loop, batch.sessions[place], errno)
+                and sendmsg(fd, &header, MSG_DONTWAIT) >= 0
+            ):
                 loop.tally[DROPPED_SEND_TO_BACKEND + d] += 1
             else:
                 loop.tally[SENT_TO_BACKEND + d] += 1
@@ -295,11 +328,11 @@ cdef inline void send_flush(loop_t *loop, int d) noexcept nogil:
     cdef bint retried = False
     cdef int sent
     cdef int fd = loop.listener
-    if batch.count and d == TO_BACKEND:
-        fd = batch.sessions[0].fd
     for i in range(batch.count):
         send_headers(batch, i, d)
     while place < batch.count:
+        if d == TO_BACKEND:
+            fd = batch.sessions[0].fd  # -1 if it could not be connected anew
         sent = send_from(batch, fd, place, d)
         if sent > 0:
             for i in range(place, place + sent):
@@ -319,6 +352,10 @@ cdef inline void send_flush(loop_t *loop, int d) noexcept nogil:
             batch.sessions[place].gso_max[d] = batch.segment[place]
             send_split(loop, fd, place, d)
             place += 1
+        elif d == TO_BACKEND and socket_redial(loop, batch.sessions[place], errno):
+            continue
+        elif d == TO_CLIENT and send_unbind_source(batch, place, errno):
+            continue
         else:
             loop.tally[DROPPED_SEND_TO_BACKEND + d] += batch.segments[place]
             place += 1

@@ -22,20 +22,20 @@ does not wait for that.
     wait -> for each event: session? receive replies : control? return to Python
          -> send the replies -> receive and forward a batch from clients -> probe -> expire -> free -> publish
 
-Parts, of which each uses only those before it: _udp.pxd (limits, enums, structs), _batch.pxd (receive, send,
-runs), _session.pxd (table, queue, probe), and this file.
+Parts, of which each uses only those before it: _udp.pxd (limits, enums, structs), _dial.pxd (backend
+sockets), _batch.pxd (receive, send, runs), _session.pxd (table, queue, probe), and this file.
 
 Invariants
 ----------
 - Datagrams keep their boundaries, 0 to 65,507 bytes; one that was truncated is dropped and counted.
-- A reply goes only to the client whose datagrams its socket carries, from the address that client wrote to.
+- A reply goes only to the client whose datagrams its socket carries, from the address that client wrote to;
+  from one of ours if that is a broadcast address. Neither a backend nor this listener is a client.
 - Nothing that an old address still sends is forwarded: its socket is closed when the backend changes.
 - Buffers belong to the worker, never to a session. What a session queues is bounded in number and time, and
   all queues together in bytes.
 - A session that is closed is freed after the events that may still name it.
-- Each relay takes one off a datagram's hop limit, as a router does: what two relays send each other ends.
-- When the table is full, the least assured session goes: first the longest idle of those that never sent
-  again after a reply (a forged source cannot), then the longest idle of all.
+- Relays send with hop limits that no client has, and take one off each other's: a ring of them ends.
+- When the table is full, the longest idle session goes; first of those that never sent again after a reply.
 - Counters are written, never read. What decides is a field of the loop.
 - Ownership: the loop owns the backend sockets and its mapping of the counters page. The listener and the
   control pipe belong to the caller and must outlive the loop.
@@ -51,7 +51,7 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from ambassador._access cimport access_replace
-from ambassador._backends cimport BACKEND_CAME, address_t, backends_have, backends_replace
+from ambassador._backends cimport BACKEND_CAME, address_t, backends_replace
 from ambassador._batch cimport (
     message_datagrams,
     message_segment,
@@ -83,9 +83,12 @@ from ambassador._linux cimport (
     epoll_ctl,
     epoll_event,
     errno,
+    getsockname,
     madvise,
     msghdr,
     munmap,
+    sockaddr,
+    socklen_t,
 )
 from ambassador._loop cimport (
     EVENT_CONTROL,
@@ -105,17 +108,19 @@ from ambassador._options cimport MAX_SESSIONS, UDP_TIMEOUT, options_t
 from ambassador._record cimport update_read, update_view_t
 from ambassador._session cimport (
     free_closed,
+    hops_onward,
+    key_is_no_client,
     probe_next,
     probe_refused,
-    probe_restart,
     session_close,
-    session_close_socket,
     session_count,
     session_find,
     session_forward,
-    session_newer,
+    session_new,
     session_oldest,
+    session_raise_hops,
     session_seen,
+    sessions_update,
 )
 from ambassador._slab cimport slabs_free, slabs_init
 from ambassador._udp cimport (
@@ -130,7 +135,6 @@ from ambassador._udp cimport (
     DROPPED_LOOPED,
     DROPPED_NO_SESSION,
     DROPPED_TRUNCATED,
-    MAX_HOPS,
     QUEUED,
     RECEIVE_BATCH,
     RECEIVED_FROM_BACKEND,
@@ -139,8 +143,9 @@ from ambassador._udp cimport (
     SESSION_LISTS,
     SESSIONS_ACTIVE,
     SESSIONS_EXPIRED,
-    SETTLED,
     TO_CLIENT,
+    UNASSURED_LIST,
+    UNASSURED_SHARE,
     key_t,
     loop_t,
     receive_batch_t,
@@ -190,7 +195,8 @@ cdef session_t *session_of_message(loop_t *loop, uint32_t i) noexcept nogil:
     cdef address_t *name = &batch.names[i]
     cdef session_t *session
     cdef uint32_t count
-    cdef int hops = MAX_HOPS + 1
+    cdef int hops = 0
+    cdef uint8_t onward
     cdef key_t key
     memset(&key, 0, sizeof(key))
     count = message_datagrams(batch.messages[i].msg_len, message_segment(header, &key, &hops))
@@ -199,9 +205,6 @@ cdef session_t *session_of_message(loop_t *loop, uint32_t i) noexcept nogil:
     if header.msg_flags & MSG_TRUNC:
         loop.tally[DROPPED_TRUNCATED] += count
         return NULL
-    if hops <= 1:
-        loop.tally[DROPPED_LOOPED] += count
-        return NULL
     if name.v6.sin6_family == AF_INET6:
         memcpy(key.client, &name.v6.sin6_addr, 16)
         key.zone = name.v6.sin6_scope_id
@@ -209,11 +212,18 @@ cdef session_t *session_of_message(loop_t *loop, uint32_t i) noexcept nogil:
     else:
         memcpy(key.client, &name.v4.sin_addr, 4)
         key.port = name.v4.sin_port
-    session = session_find(loop, &key, name, header.msg_namelen)
+    onward = hops_onward(hops)
+    session = session_find(loop, &key)
+    if onward == 0 or (session == NULL and key_is_no_client(loop, &key, name)):
+        loop.tally[DROPPED_LOOPED] += count
+        return NULL
     if session == NULL:
-        loop.tally[DROPPED_NO_SESSION] += count
-    elif session.fd < 0:
-        session.hops = <uint8_t>min(hops - 1, <int>MAX_HOPS)
+        session = session_new(loop, &key, name, header.msg_namelen)
+        if session == NULL:
+            loop.tally[DROPPED_NO_SESSION] += count
+            return NULL
+    if onward > session.hops:
+        session_raise_hops(loop, session, onward)
     return session
 
 
@@ -249,7 +259,8 @@ cdef void clients_receive(loop_t *loop) noexcept nogil:
 cdef int64_t expires_at(loop_t *loop, int which) noexcept nogil:
     """Return when the longest idle session of a list expires, 0 if the list is empty."""
     cdef session_t *oldest = session_oldest(loop, which)
-    return oldest.seen + loop.option[UDP_TIMEOUT] if oldest != NULL else 0
+    cdef int64_t share = UNASSURED_SHARE if which == UNASSURED_LIST else 1
+    return oldest.seen + max(loop.option[UDP_TIMEOUT] // share, <int64_t>1) if oldest != NULL else 0
 
 
 cdef void expire(loop_t *loop) noexcept nogil:
@@ -320,24 +331,6 @@ cdef int loop_run(loop_t *loop) noexcept nogil:
             return REASON_DRAINED
 
 
-cdef void apply_update(loop_t *loop, bint came) noexcept nogil:
-    """Close the sockets to backends that are gone; their sessions stay. Probe if a backend came."""
-    cdef session_t *session
-    cdef int i
-    for i in range(SESSION_LISTS):
-        session = session_oldest(loop, i)
-        while session != NULL:
-            if session.fd >= 0 and not backends_have(&loop.backends, session.backend):
-                session_close_socket(session)
-            elif session.fd >= 0 and not loop.probing_until:
-                session.flags |= SETTLED
-            session = session_newer(session)
-    if came or loop.backends.total_weight == 0 or (loop.probe != NULL and loop.probe.fd < 0):
-        probe_restart(loop)
-    probe_next(loop)
-    free_closed(loop)
-
-
 # ---------------------------------------------------------------------------------------- the Python API
 
 
@@ -354,12 +347,17 @@ cdef class UdpLoop:
 
     def __cinit__(self, int listener, int control, int counters):
         cdef loop_t *loop = &self.loop
+        cdef address_t own
+        cdef socklen_t length = sizeof(own)
         memset(loop, 0, sizeof(loop_t))
         loop.epoll = -1
         loop.page = counters_map(counters, True)
         if loop.page == NULL:
             raise OSError(errno, "mmap of the counters page")
         loop.listener, loop.control = listener, control
+        if getsockname(listener, <sockaddr *>&own, &length) < 0:
+            raise OSError(errno, "getsockname of the listener")
+        loop.port = own.v4.sin_port  # at one place in both families
         loop.now = monotonic_ms()
         slabs_init(&loop.memory, sizeof(session_t))
         loop.seed = int.from_bytes(os.urandom(8), "little")
@@ -418,7 +416,7 @@ cdef class UdpLoop:
         with nogil:
             loop.now = monotonic_ms()
             if change:
-                apply_update(loop, change == BACKEND_CAME)
+                sessions_update(loop, change == BACKEND_CAME)
             publish(loop)
         loop.updated = True
         loop.page[COUNTER_BACKENDS] = loop.backends.count

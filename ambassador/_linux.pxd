@@ -11,6 +11,7 @@ cdef extern from "<errno.h>" nogil:
     enum:
         EINTR, EAGAIN, EINVAL, ENOSYS, EIO, EMSGSIZE, EPERM, ENOBUFS, ENOMEM, EMFILE, ENFILE
         ECONNREFUSED, ECONNRESET, ECONNABORTED, EINPROGRESS, EADDRNOTAVAIL, EPIPE
+        ENETDOWN, ENETUNREACH, ENODEV
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

@@ -4,43 +4,35 @@ Invariants: a session is in the table and in one list until it is closed; a sess
 in hand is never evicted; `loop.queued` and `loop.queued_bytes` are the sums over all queues.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
 
-from ambassador._backends cimport address_t, backend_t, backends_have, backends_next
+from ambassador._backends cimport (
+    address_t,
+    backend_t,
+    backends_find,
+    backends_have,
+    backends_have_address,
+    backends_next,
+)
 from ambassador._batch cimport message_datagrams, message_segment, send_add, send_flush
+from ambassador._dial cimport socket_dial, socket_set_hops
 from ambassador._linux cimport (
-    AF_INET6,
+    EAGAIN,
     ECONNREFUSED,
     EMFILE,
     ENFILE,
-    EPOLLIN,
-    IP_TTL,
-    IPPROTO_IP,
-    IPPROTO_IPV6,
-    IPPROTO_UDP,
-    IPV6_UNICAST_HOPS,
+    ENOBUFS,
+    ENOMEM,
     MSG_DONTWAIT,
-    SO_RCVBUF,
-    SO_SNDBUF,
-    SOCK_CLOEXEC,
-    SOCK_DGRAM,
-    SOCK_NONBLOCK,
-    SOL_SOCKET,
-    UDP_GRO,
     close,
-    connect,
     errno,
     send,
-    setsockopt,
-    sockaddr,
-    socket,
     socklen_t,
 )
 from ambassador._list cimport list_append, list_remove, list_t
-from ambassador._loop cimport epoll_add
-from ambassador._options cimport GSO, HOLD, MAX_SESSIONS
+from ambassador._options cimport HOLD, MAX_SESSIONS
 from ambassador._slab cimport slabs_give, slabs_take
 from ambassador._udp cimport (
     ASSURED,
@@ -48,13 +40,20 @@ from ambassador._udp cimport (
     BUCKETS,
     BYTES_TO_BACKEND,
     CLOSED,
+    DIAL_ATTEMPTS,
     DROPPED_NO_BACKEND,
+    DROPPED_NO_LOCAL_PORT,
     DROPPED_NO_SESSION,
+    DROPPED_SEND_TO_BACKEND,
+    FOREIGN_HOPS,
+    MAX_EVICT_LOOKS,
+    MAX_HOPS,
     MAX_PROBE_RETRY_MS,
     MAX_QUEUED,
     MAX_QUEUED_BYTES,
     MAX_QUEUED_MS,
     MESSAGES_TO_BACKEND,
+    MIN_HOPS,
     PROBE_MS,
     PROBE_RETRY_MS,
     REFUSED,
@@ -63,7 +62,6 @@ from ambassador._udp cimport (
     SESSIONS_CREATED,
     SESSIONS_EVICTED,
     SETTLED,
-    SOCKET_BUFFER,
     TO_BACKEND,
     UNASSURED_LIST,
     key_t,
@@ -204,12 +202,19 @@ cdef inline void free_closed(loop_t *loop) noexcept nogil:
         slabs_give(&loop.memory, session)
 
 
-cdef inline bint session_evict(loop_t *loop, session_t *spared) noexcept nogil:
-    """Make room for another client. False if there is no session to evict but `spared`."""
+cdef inline bint session_evict(loop_t *loop, session_t *spared, bint socket, bint assured) noexcept nogil:
+    """Make room for another client. False if there is no session to evict but `spared`.
+
+    `socket`: prefer one that has a socket. `assured`: without an unassured one, take an assured one.
+    """
     cdef session_t *victim = session_oldest(loop, UNASSURED_LIST)
-    if victim != NULL and victim == spared:
+    cdef uint32_t looks = 0
+    while victim != NULL and (
+        victim == spared or (socket and victim.fd < 0 and looks < MAX_EVICT_LOOKS)
+    ):
         victim = session_newer(victim)
-    if victim == NULL:  # only now: newcomers must not drive out assured sessions
+        looks += 1
+    if victim == NULL and assured:  # only now: newcomers must not drive out assured sessions
         victim = session_oldest(loop, ASSURED_LIST)
     # A session of the batch in hand stays: its messages are about to be sent.
     if victim == NULL or victim == spared or victim.first:
@@ -218,17 +223,21 @@ cdef inline bint session_evict(loop_t *loop, session_t *spared) noexcept nogil:
     return True
 
 
-cdef inline session_t *session_find(
+cdef inline session_t *session_find(loop_t *loop, key_t *key) noexcept nogil:
+    """Return the client's session, NULL if there is none."""
+    cdef session_t *session = loop.buckets[key_hash(loop, key)]
+    while session != NULL and memcmp(&session.key, key, sizeof(key_t)) != 0:
+        session = session.chain
+    return session
+
+
+cdef inline session_t *session_new(
     loop_t *loop, key_t *key, address_t *client, socklen_t length
 ) noexcept nogil:
-    """Return the client's session, a new one if there is none. NULL without room or memory."""
+    """Return a session for a client that has none. NULL without room or memory."""
     cdef session_t **bucket = &loop.buckets[key_hash(loop, key)]
-    cdef session_t *session = bucket[0]
-    while session != NULL:
-        if memcmp(&session.key, key, sizeof(key_t)) == 0:
-            return session
-        session = session.chain
-    if session_count(loop) >= loop.option[MAX_SESSIONS] and not session_evict(loop, NULL):
+    cdef session_t *session
+    if session_count(loop) >= loop.option[MAX_SESSIONS] and not session_evict(loop, NULL, False, True):
         return NULL
     session = <session_t *>slabs_take(&loop.memory)
     if session == NULL:
@@ -245,39 +254,64 @@ cdef inline session_t *session_find(
     return session
 
 
+cdef inline bint key_is_no_client(loop_t *loop, key_t *key, address_t *client) noexcept nogil:
+    """Whether the source is a backend or this listener: what is sent there comes back, without end.
+
+    One forged datagram is enough if the backend answers whatever it gets.
+    """
+    if key.port == loop.port and memcmp(key.client, key.local, sizeof(key.client)) == 0:
+        return True
+    return backends_have_address(&loop.backends, client)
+
+
+cdef inline uint8_t hops_onward(int hops) noexcept nogil:
+    """Return the hop limit for a datagram that came with `hops`; 0 if it went round between relays.
+
+    Relays count down from MAX_HOPS, where no system starts. All else is a client's and starts there, also
+    one that came with 1: it is meant for this machine (RFC 1122, 3.2.1.7).
+    """
+    if hops > MAX_HOPS or hops <= FOREIGN_HOPS:
+        return MAX_HOPS
+    return <uint8_t>(hops - 1) if hops > MIN_HOPS else 0
+
+
+cdef inline void session_raise_hops(loop_t *loop, session_t *session, uint8_t hops) noexcept nogil:
+    """Let it send with a higher hop limit. Never a lower one: a datagram in a ring always comes with less."""
+    cdef backend_t *backend = backends_find(&loop.backends, session.backend)
+    session.hops = hops
+    if session.fd >= 0 and backend != NULL:
+        socket_set_hops(session.fd, backend, hops)
+
+
 # --------------------------------------------------------------------------------------------- backend
 
 
-cdef inline bint session_dial(loop_t *loop, session_t *session) noexcept nogil:
-    """Give it a socket that is connected to the next backend. False if there is none, or on an error."""
+cdef inline int session_dial(loop_t *loop, session_t *session) noexcept nogil:
+    """Give it a socket that is connected to the next backend. 0, or the counter of what that drops."""
     cdef backend_t *backend
-    cdef int on = 1, bytes = SOCKET_BUFFER, hops = session.hops, fd
+    cdef int error = 0, _attempt
+    cdef bint evicted = False, lacking
     if loop.backends.total_weight == 0:
-        return False
+        return DROPPED_NO_BACKEND
     backend = backends_next(&loop.backends)
-    fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
-    if fd < 0 and (errno == EMFILE or errno == ENFILE) and session_evict(loop, session):
-        fd = socket(backend.address.v4.sin_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP)
-    if fd < 0:
-        return False
-    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes))
-    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
-    if loop.option[GSO]:
-        setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on))
-    if backend.address.v4.sin_family == AF_INET6:
-        setsockopt(fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS, &hops, sizeof(hops))
-    else:
-        setsockopt(fd, IPPROTO_IP, IP_TTL, &hops, sizeof(hops))
-    if (
-        connect(fd, <sockaddr *>&backend.address, backend.length) < 0
-        or epoll_add(loop.epoll, fd, EPOLLIN, <uintptr_t>session) < 0
-    ):
-        close(fd)
-        return False
-    session.fd = fd
-    session.backend = backend.id
-    session.gso_max[TO_BACKEND] = 0
-    return True
+    for _attempt in range(DIAL_ATTEMPTS):
+        error = socket_dial(loop, session, backend)
+        if error == 0:
+            return 0
+        if error == ECONNREFUSED:  # it met itself: another port
+            continue
+        if error == EAGAIN:  # no local port; others may take the one that this frees: assured sessions stay
+            evicted = session_evict(loop, session, True, False)
+        else:
+            lacking = error == EMFILE or error == ENFILE
+            evicted = lacking and not evicted and session_evict(loop, session, True, True)
+        if not evicted:
+            break
+    if error == EAGAIN:
+        return DROPPED_NO_LOCAL_PORT
+    if error == EMFILE or error == ENFILE or error == ENOMEM or error == ENOBUFS:
+        return DROPPED_NO_SESSION
+    return DROPPED_SEND_TO_BACKEND
 
 
 cdef inline void session_release(loop_t *loop, session_t *session) noexcept nogil:
@@ -304,7 +338,7 @@ cdef inline void probe_send(loop_t *loop, session_t *session) noexcept nogil:
     """
     cdef queued_t *item = session.queue_head
     cdef ssize_t sent
-    if session.fd < 0 and not session_dial(loop, session):
+    if session.fd < 0 and session_dial(loop, session):
         loop.probe_at = loop.now + loop.retry_ms
         return
     sent = send(session.fd, item.data, item.length, MSG_DONTWAIT)
@@ -336,7 +370,7 @@ cdef inline void probe_passed(loop_t *loop) noexcept nogil:
         # Dialling may evict, even the next one: the queues behind it then wait for their next datagram.
         while session != NULL and not session.flags & CLOSED:
             newer = session_newer(session)
-            if session.queue_head != NULL and (session.fd >= 0 or session_dial(loop, session)):
+            if session.queue_head != NULL and (session.fd >= 0 or session_dial(loop, session) == 0):
                 session_release(loop, session)
             session = newer
     loop.probe = NULL
@@ -411,6 +445,7 @@ cdef inline void session_forward(loop_t *loop, session_t *session) noexcept nogi
     cdef receive_batch_t *batch = loop.receive_batch
     cdef uint32_t i, length, segment, count
     cdef uint32_t following = session.first
+    cdef int dropped
     session.first = 0
     while following:
         i = following - 1
@@ -424,10 +459,40 @@ cdef inline void session_forward(loop_t *loop, session_t *session) noexcept nogi
         if session_must_wait(loop, session):
             session_enqueue(loop, session, <char *>batch.iov[i].iov_base, length, segment)
             continue
-        if session.fd < 0 and not session_dial(loop, session):
-            loop.tally[DROPPED_NO_SESSION] += count
-            continue
+        if session.fd < 0:
+            dropped = session_dial(loop, session)
+            if dropped:
+                loop.tally[dropped] += count
+                continue
         if session.queue_head != NULL:
             session_release(loop, session)
         send_add(loop, session, TO_BACKEND, batch.iov[i].iov_base, length, segment)
     send_flush(loop, TO_BACKEND)
+
+
+# ---------------------------------------------------------------------------------------------- update
+
+
+cdef inline void sessions_update(loop_t *loop, bint came) noexcept nogil:
+    """Close the sockets to backends that are gone; their sessions stay. Probe if a backend came.
+
+    A session whose client is a backend now ends: its answers would go round.
+    """
+    cdef session_t *session
+    cdef session_t *newer
+    cdef int i
+    for i in range(SESSION_LISTS):
+        session = session_oldest(loop, i)
+        while session != NULL:
+            newer = session_newer(session)
+            if session.fd >= 0 and not backends_have(&loop.backends, session.backend):
+                session_close_socket(session)
+            elif session.fd >= 0 and not loop.probing_until:
+                session.flags |= SETTLED
+            if came and backends_have_address(&loop.backends, &session.client):
+                session_close(loop, session, SESSIONS_EVICTED)
+            session = newer
+    if came or loop.backends.total_weight == 0 or (loop.probe != NULL and loop.probe.fd < 0):
+        probe_restart(loop)
+    probe_next(loop)
+    free_closed(loop)

@@ -1,6 +1,7 @@
 """The UDP loop's vocabulary: limits, enums, counters, structs. No functions.
 
-_batch.pxd, _session.pxd and _datagram.pyx work on these; each may use what stands before it in this list.
+_dial.pxd, _batch.pxd, _session.pxd and _datagram.pyx work on these; each may use what stands before it in
+this list.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -26,11 +27,17 @@ cdef enum:
     MAX_QUEUED = 64  # datagrams of one session
     MAX_QUEUED_MS = 5000  # an older datagram is of no use to anybody
     MAX_QUEUED_BYTES = 8 << 20  # of all sessions together
-    MAX_HOPS = 64  # a session starts with no more, so a datagram in a ring of relays ends
+    MAX_HOPS = 224  # what a relay sends first: more than any system starts with but 255
+    MIN_HOPS = 160  # what came down to this went through 64 relays: a ring
+    FOREIGN_HOPS = 128  # no relay's: systems start with 128 or less, and no path takes 32 off MIN_HOPS
     SOCKET_BUFFER = 1 << 20  # bytes asked for a backend socket; the kernel clamps it
     PROBE_MS = 10  # the kernel of a container on this host refuses within microseconds
     PROBE_RETRY_MS = 15  # doubling: a kernel refuses a peer six times in a row, then once a second
     MAX_PROBE_RETRY_MS = 1000
+    UNASSURED_SHARE = 3  # an unassured session lives for this part of udp-timeout: forged ones end early
+    MAX_EVICT_LOOKS = 64  # sessions without a socket that are passed over to find one with a socket
+    DIAL_ATTEMPTS = 4  # for one session: a socket may meet itself
+    REDIAL_MS = 1000  # a session's socket is connected anew no sooner than this
     DRAIN_MS = 100  # replies that are on their way get this long
     DRAIN_RECENT_MS = 1000  # and are expected only if there was traffic this recently
 
@@ -45,6 +52,7 @@ cdef enum:  # flags of a session
     ASSURED = 2  # and the client has sent again after the answer: its address is not forged
     SETTLED = 4  # its backend listened before the latest backend came: it does not wait for the probe
     CLOSED = 8  # freed at the end of the turn
+    KERNEL_SOURCE = 16  # the kernel chooses the address that replies leave from
 
 cdef enum:  # lists of sessions, each from the longest idle to the latest
     UNASSURED_LIST = 0
@@ -69,7 +77,8 @@ cdef enum:  # counters, in the order of counters.py; datagrams unless they say b
     DROPPED_SEND_TO_CLIENT
     DROPPED_NO_BACKEND  # held too long, too many, or -hold 0
     DROPPED_NO_SESSION  # no memory or descriptor for a new client
-    DROPPED_LOOPED  # its hop limit was used up
+    DROPPED_NO_LOCAL_PORT  # all are taken
+    DROPPED_LOOPED  # from a backend or this listener, or passed on by 64 relays
     REFUSED  # ICMP from a backend: nobody listens
     QUEUED
     GSO_REFUSED  # runs that a route did not take whole
@@ -104,9 +113,10 @@ cdef struct session_t:
     int fd  # connected to the backend; -1 until there is something to send
     uint64_t backend  # id of the backend that fd is connected to
     int64_t seen  # ms, the latest traffic either way
+    int64_t redialled_at  # ms, the latest time that fd was connected anew
     uint16_t gso_max[2]  # per direction: runs of segments this large were refused; 0: none were
     uint8_t flags
-    uint8_t hops  # the hop limit of what it sends to the backend
+    uint8_t hops  # the hop limit of what it sends to the backend; it only rises
     uint8_t queue_length
     uint16_t first  # 1 + index of its first message in the receive batch, 0 for none
     uint16_t last
@@ -145,6 +155,7 @@ cdef struct loop_t:
     int epoll
     int listener
     int control
+    uint16_t port  # of the listener, as in an address
     reads_t reads  # of the listener
     uint32_t turn
     bint batch_full  # more sockets may be ready than this turn was told of

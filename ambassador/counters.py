@@ -134,8 +134,13 @@ UDP = (
         loss="datagrams dropped, no room for a session",
     ),
     Counter(
+        "dropped_no_local_port",
+        "datagrams of new clients without a local port",
+        loss="datagrams dropped, no local port: widen net.ipv4.ip_local_port_range",
+    ),
+    Counter(
         "dropped_looped",
-        "datagrams whose hop limit was used up",
+        "datagrams from a backend or from the listener itself, or passed on by 64 relays",
         loss="datagrams dropped, forwarding loop: check for a relay that points back",
     ),
     Counter("refused", "ICMP refusals from backends"),

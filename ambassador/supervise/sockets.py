@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 from ambassador.model import ListenAddress
 from ambassador.values import Protocol
@@ -27,7 +28,7 @@ KEEPALIVE_COUNT = 6
 10 s, its worker sets another idle time, 30 to 90 s (_splice.pyx, connection_keep_alive)."""
 
 DATAGRAM_BUFFER = 4 << 20
-"""Bytes asked for a datagram listener; the kernel clamps it to net.core.{r,w}mem_max."""
+"""Bytes asked for a datagram listener; without CAP_NET_ADMIN clamped to net.core.{r,w}mem_max."""
 
 BACKLOG = 65_535
 """The kernel clamps it to net.core.somaxconn (listen(2))."""
@@ -35,6 +36,10 @@ BACKLOG = 65_535
 UDP_GRO = 104  # linux/udp.h
 IP_PKTINFO = 8  # linux/in.h; the socket module names none of these
 IP_RECVTTL = 12
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+SO_RCVBUFFORCE = 33
+SO_MEMINFO = 55
+_MEMINFO = struct.Struct("9I")  # linux/sock_diag.h; the last is SK_MEMINFO_DROPS
 
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 
@@ -111,6 +116,27 @@ def restore_listener(sock: socket.socket) -> bool:
         return False
 
 
+class QueueDrops:
+    """What the kernel dropped because the queue of a datagram listener was full."""
+
+    def __init__(self) -> None:
+        self._reported: WeakKeyDictionary[socket.socket, int] = WeakKeyDictionary()
+
+    def risen(self, listeners: Iterable[socket.socket]) -> int:
+        """How many were dropped since the last call."""
+        return sum(map(self._risen, listeners))
+
+    def _risen(self, sock: socket.socket) -> int:
+        try:
+            info = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
+        except (OSError, struct.error):  # before Linux 4.12
+            return 0
+        now = int(info[-1])
+        rise = (now - self._reported.get(sock, 0)) % (1 << 32)
+        self._reported[sock] = now
+        return rise
+
+
 def _bind(
     family: socket.AddressFamily, listen: ListenAddress, gro: bool, shared: bool
 ) -> socket.socket:
@@ -154,13 +180,16 @@ def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bo
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    # For a broadcast, a local address to answer from; also on an IPv6 socket, for what arrives over IPv4.
+    sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     # The hop limit it arrived with, to end what goes round between two relays. Also on an IPv6 socket, for
     # what arrives over IPv4.
     sock.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_BUFFER)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DATAGRAM_BUFFER)
+    for force, ask in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, DATAGRAM_BUFFER)
+        except PermissionError:  # without CAP_NET_ADMIN
+            sock.setsockopt(socket.SOL_SOCKET, ask, DATAGRAM_BUFFER)
     if gro:
         try:
             sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)

@@ -118,6 +118,7 @@ class WorkerPath:
         self._leaving: list[WorkerSlot] = []  # closed when their worker, which drains, has exited
         self._totals = Totals(protocol)
         self._losses = Losses(protocol)
+        self._queue_drops = sockets.QueueDrops()
         self._bind_at = 0.0
         self._problem = ""  # the last one that was logged, and still stands
         self._error = ("", 0.0)
@@ -208,6 +209,9 @@ class WorkerPath:
         """Log what was lost since the last report, a line each."""
         for row, count in self._losses.risen(self.counters()):
             log.warning("%s", row.loss, extra={"fields": self.fields() | {"count": count}})
+        if self._protocol is Protocol.UDP and (count := self._queue_drops.risen(self._sockets)):
+            message = "datagrams dropped, queue full: raise net.core.rmem_max"
+            log.warning(message, extra={"fields": self.fields() | {"count": count}})
 
     def recover(self, now: float) -> None:
         """Log if a degraded port's workers have run long enough."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ambassador.model import Backend
-from tests.support.endpoints import SMALLEST, Address, Peers, datagram, receive, send_run
-from tests.support.net import Namespace, linked
-from tests.support.worker import Destination, StartWorker, Worker, check_udp_counters
+from tests.support.endpoints import (
+    SMALLEST,
+    Address,
+    Peers,
+    datagram,
+    is_silent,
+    receive,
+    send_run,
+    talk,
+)
+from tests.support.net import Namespace, free_port, ip, linked
+from tests.support.worker import Destination, StartWorker, Worker, check_udp_counters, destination
 
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 
@@ -92,6 +103,78 @@ def test_several_addresses_on_a_link(
         server.sendto(data, session)
         assert client.recv(100) == address.encode()
     worker.wait_for(sessions_created=4, sent_to_client=4)
+
+
+@pytest.mark.parametrize("group", ["broadcast", "limited", "multicast"])
+def test_an_answer_to_a_broadcast(
+    start_udp: StartWorker, peers: Peers, near: Namespace, group: str
+) -> None:
+    """U4: nobody can answer from such an address: the answer comes from ours on that link."""
+    v6 = group == "multicast"
+    server = peers.udp()
+    worker = start_udp(destination(server))
+    client = udp_in(peers, near, socket.AF_INET6 if v6 else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    to = {
+        "broadcast": f"{near.net4}.255",
+        "limited": "255.255.255.255",
+        "multicast": f"ff02::1%{near.theirs}",
+    }
+    if v6:
+        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index_in(near))
+    for _ in range(2):
+        client.sendto(b"who serves?", (to[group].partition("%")[0], worker.port))
+        data, session = server.recvfrom(100)
+        server.sendto(data, session)
+        data, source = client.recvfrom(100)
+        assert (data, source[:2]) == (b"who serves?", (ours(near, client.family), worker.port))
+    worker.wait_for(sessions_created=1, sent_to_client=2, dropped_send_to_client=0)
+
+
+def index_in(namespace: Namespace) -> int:
+    return int(namespace.run("cat", f"/sys/class/net/{namespace.theirs}/ifindex"))
+
+
+def test_our_own_address_changes(
+    start_udp: StartWorker, peers: Peers, far: Namespace, gso: bool
+) -> None:
+    """U15: the source address of a session's socket is gone: it is connected anew, and nothing is lost."""
+    server, client = udp_in(peers, far, socket.AF_INET), peers.udp()
+    worker = start_udp(backend_at(server), gso=gso, gro=gso)
+    to = ("127.0.0.1", worker.port)
+    assert talk(client, to, server)[0] == far.ours4
+    fresh = far.add_ours(f"{far.net4}.7")
+    ip("address", "delete", f"{far.ours4}/24", "dev", far.ours)
+    with contextlib.suppress(
+        AssertionError
+    ):  # unless deleting the first address has not taken it along
+        far.add_ours(fresh)
+    run = [datagram(6, number, 500) for number in range(20)]
+    send_run(client, to, run)
+    assert receive(server, len(run)) == run
+    assert talk(client, to, server)[0] == fresh
+    worker.wait_for(dropped_send_to_backend=0, sessions_created=1)
+    check_udp_counters(worker)
+
+
+def test_a_socket_that_meets_itself(start_udp: StartWorker, peers: Peers) -> None:
+    """U16: the kernel gives a session's socket the backend's own port: nobody listens there."""
+    client, port = peers.udp(), free_port()
+    worker = start_udp(destination(("127.0.0.1", port)))
+    to = ("127.0.0.1", worker.port)
+    local_ports = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    usual = local_ports.read_text()
+    local_ports.write_text(f"{port} {port}")
+    try:
+        client.sendto(b"my secret", to)
+        worker.wait_for(dropped_send_to_backend=1)
+    finally:
+        local_ports.write_text(usual)
+    assert is_silent(client), "answered with its own bytes"
+    server = peers.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    server.bind(("127.0.0.1", port))  # the port is the backend's to take
+    talk(client, to, server)
+    check_udp_counters(worker)
 
 
 def test_from_one_family_to_the_other(

@@ -82,6 +82,11 @@ def tcp() -> Iterator[Stage]:
     yield from _stage(Protocol.TCP)
 
 
+@pytest.fixture
+def udp() -> Iterator[Stage]:
+    yield from _stage(Protocol.UDP)
+
+
 def _stage(protocol: Protocol) -> Iterator[Stage]:
     before = descriptors()
     stage = Stage(protocol)
@@ -258,6 +263,23 @@ def test_losses_of_the_dead_are_reported(tcp: Stage, caplog: pytest.LogCaptureFi
         tcp.path.report_losses()
     lost = [record for record in caplog.records if "rejected" in record.message]
     assert [vars(record)["fields"]["count"] for record in lost] == [3]
+
+
+def test_what_a_full_queue_dropped_is_said_once(
+    udp: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """U17: no worker has read them, so none can count them."""
+    with caplog.at_level(logging.WARNING, logger="ambassador"):
+        udp.open()
+        udp.path.report_losses()
+        assert not [record for record in caplog.records if "queue full" in record.message]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flood:
+            for _ in range(300):
+                flood.sendto(bytes(65_000), ("127.0.0.1", udp.spec.listen.first_port))
+        udp.path.report_losses()
+        udp.path.report_losses()
+    (line,) = (record for record in caplog.records if "queue full" in record.message)
+    assert 0 < vars(line)["fields"]["count"] < 300
 
 
 # -------------------------------------------------------------------------------------------- failures
