@@ -6,6 +6,7 @@ that is why the imports of what only the parent needs stand inside functions.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -22,6 +23,10 @@ from ambassador.cli.arguments import (
 )
 from ambassador.supervise.forkserver import ForkServer
 from ambassador.system.titles import PROGRAM, set_title
+
+MIN_DESCRIPTORS = 64
+MIN_PROCESSES = 6
+"""Parent, fork server, and threads for log, events, ping, own networks. Each target and port has one more."""
 
 LOG_FLUSH_S = 0.3
 """What standard error gets to take the last lines."""
@@ -42,7 +47,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if read.command is Command.HELP:
         print(read.usage, end="")
         return 0
-    return _run(read)
+    try:
+        return _run(read)
+    except (OSError, ImportError, MemoryError, RuntimeError) as error:
+        problem = _start_problem(error, len(read.program.name) + len(read.routes))
+        if not problem:
+            raise
+        print(f"{PROGRAM}: cannot start: {problem}", file=sys.stderr)
+        return 1
+
+
+def _start_problem(error: Exception, jobs: int) -> str:
+    """What this machine has too little of, and what to do; "" if it is something else.
+
+    Libraries that cannot be loaded and threads that cannot be started have no errno. `jobs` is how many
+    targets and fixed ports there are.
+    """
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in text:
+        return f"too few descriptors, raise ulimit -n to {MIN_DESCRIPTORS} or more"
+    if number == errno.EAGAIN or "start new thread" in text:
+        least = f"{MIN_PROCESSES + jobs}, and one more for each port"
+        return f"too few processes and threads, allow {least} (--pids-limit, ulimit -u)"
+    if number == errno.ENOMEM or isinstance(error, MemoryError):
+        return "too little memory, allow 64 MB or more"
+    return ""
 
 
 def _run(arguments: Arguments) -> int:

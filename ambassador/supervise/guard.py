@@ -1,7 +1,7 @@
 """Keeps an exception inside the duty that raised it, so that the parent's loop and all other duties go on.
 
-What is missing (a port, descriptors, memory) is handled where it is asked for. This is for what nobody thought
-of: it is logged once, and the duty waits before it is tried again.
+What is missing (a port, descriptors, memory) is handled where it is asked for. This is for what nobody
+thought of: it is logged once, and the duty waits before it is tried again.
 """
 
 from __future__ import annotations
