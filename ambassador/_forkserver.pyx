@@ -190,7 +190,7 @@ cdef int reap_child(int place) noexcept:
 cdef int receive(passed_t *passed) noexcept:
     """Receive the parent's next request into `passed`.
 
-    Return 1, 0 if the parent is gone, or -1 if not all descriptors could be had: this process is at its limit.
+    Return 1, 0 if the parent is gone, or -1 if not all descriptors could be had: this one is at its limit.
     """
     cdef char control[REQUEST_BYTES]
     cdef char byte

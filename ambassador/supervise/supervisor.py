@@ -109,7 +109,7 @@ class Supervisor:
             for key, _ in self._selector.select(self._timeout()):
                 if not self._guard.run(key.fd, key.data):
                     self._workers.pause(key)
-            self._guard.run("signals", self._handle_signals)
+            self._handle_signals()
             self._run_due()
         self._workers.close()
         return self._exit_code
@@ -143,15 +143,18 @@ class Supervisor:
     def _handle_signals(self) -> None:
         while self._signals:
             number = self._signals.popleft()
-            if number == signal.SIGCHLD:
-                reap_children()
-                self._check_fork_server.child_changed(time.monotonic())
-            elif self._draining:
-                log.warning("second stop signal, closing connections now")
-                self._workers.stop_now()
-            else:
-                log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
-                self._drain()
+            self._guard.run(("signal", number), partial(self._handle_signal, number))
+
+    def _handle_signal(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            reap_children()
+            self._check_fork_server.child_changed(time.monotonic())
+        elif self._draining:
+            log.warning("second stop signal, closing connections now")
+            self._workers.stop_now()
+        else:
+            log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
+            self._drain()
 
     def _drain(self) -> None:
         """Take no new work. Workers finish what is open, up to the deadline."""
