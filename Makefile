@@ -24,7 +24,7 @@ ENGINE_PROGRAMS := debootstrap=debootstrap unshare=util-linux nsenter=util-linux
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-sanitize test-engines mutants fuzz soak bench lint reference image lock audit clean
+.PHONY: help build demo test test-sanitize test-engines mutants fuzz soak bench lint package reference image lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,15 @@ lint: build ## Check style and types, and that the C compiler has nothing to say
 	@echo "building with -Werror"
 	@rm -rf build/lint
 	@CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --build-lib build/lint --build-temp build/lint
+
+package: build ## Build the source distribution, and from it alone a wheel that runs (dist/)
+	rm -rf dist build/package
+	$(BIN)/python setup.py -q sdist
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(PYTHON) -m venv --system-site-packages build/package
+	build/package/bin/pip install -q --disable-pip-version-check --no-deps --no-index dist/*.whl
+	cd build/package && PYTHONPATH=$$(../../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		bin/grand-ambassador -version
 
 reference: build ## Print docs/reference.md from the tables of options and counters
 	$(BIN)/python -m ambassador.cli.usage > docs/reference.md

@@ -73,7 +73,7 @@ cdef extern from *:
 cdef enum:
     MIN_PASSED = 3
     MAX_PASSED = 250  # descriptors of a worker; one message carries at most 253 (SCM_MAX_FD, net/scm.h)
-    FIRST_PASSED = 3  # behind standard input, output and error
+    FIRST_PASSED = 3  # behind standard input, output and error; the listener (LISTENER of _sandbox.pyx)
     MAX_CHILDREN = 4096
     CONTROL_BYTES = 64
     REQUEST_BYTES = 1024  # of ancillary data: CMSG_SPACE of MAX_PASSED descriptors, rounded up
@@ -190,7 +190,7 @@ cdef int reap_child(int place) noexcept:
 cdef int receive(passed_t *passed) noexcept:
     """Receive the parent's next request into `passed`.
 
-    Return 1, 0 if the parent is gone, or -1 if not all descriptors could be had: this process is at its limit.
+    Return 1, 0 if the parent is gone, or -1 if not all descriptors could be had: this one is at its limit.
     """
     cdef char control[REQUEST_BYTES]
     cdef char byte

@@ -17,6 +17,7 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
     int close_range(unsigned int first, unsigned int last, int flags)
     int dup2(int source, int target)
+    int dup3(int source, int target, int flags)
     int fork()
     ssize_t read(int fd, void *buffer, size_t length)
 

@@ -18,9 +18,14 @@ nothing has no use for either.
 Why each worker has a user of its own: the kernel counts pipes (64 MB, fs.pipe-user-pages-soft) and epoll
 watches by user. As one user all workers would share one account, and a client that fills one worker's pipes
 would slow down the others. (120 bulk streams over two workers: 0.26 s of processor per GB with pipes of 1
-MiB; 0.44 s as one user, which copies past the limit.) Nor can one such user signal another. The number is the
-worker's pid past OWN_USERS, where no distribution assigns any. A user namespace without such numbers
-(rootless containers have 65536) leaves NOBODY.
+MiB; 0.44 s as one user, which copies past the limit.) Nor can one such user signal another. The number is
+drawn at random from those that no distribution assigns: a number made of the pid would be the same in every
+container of a host, and their kernel is one. A user namespace without such numbers (rootless containers have
+65536) leaves NOBODY.
+
+The listener is one open file, shared with the parent and with every successor. So calls that would change it
+for good (shutdown, connect, setsockopt) are refused on its number. The number is never given to another
+socket (_worker.pyx).
 
 Why the filter is written by hand: it is a constant table in this module's read-only pages, shared by all
 workers. libseccomp (with pyseccomp, ctypes) would bring two libraries into the fork server and build the same
@@ -51,6 +56,7 @@ cdef extern from *:
     #include <stddef.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
+    #include <sys/random.h>
     #include <sys/socket.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -99,6 +105,8 @@ cdef extern from *:
     #define CALL(name, ...) WHEN(__NR_##name, __VA_ARGS__)
     #define ALLOW(name) CALL(name, ALLOWED)
     #define FATAL(name) CALL(name, DEATH)
+    #define LISTENER 3  /* FIRST_PASSED of _forkserver.pyx */
+    #define NOT_THE_LISTENER ARGUMENT(0), WHEN(LISTENER, REFUSED)
 
     /* Behind the check of the family: a plain TCP or UDP socket, nothing raw and no other protocol. */
     #define SOCKET_OF_TCP_OR_UDP \\
@@ -118,9 +126,11 @@ cdef extern from *:
     #ifdef __NR_epoll_wait
         ALLOW(epoll_wait),
     #endif
-        ALLOW(epoll_pwait), ALLOW(epoll_ctl), ALLOW(accept4), ALLOW(connect), ALLOW(close),
-        ALLOW(shutdown), ALLOW(recvmsg), ALLOW(sendmsg),
+        ALLOW(epoll_pwait), ALLOW(epoll_ctl), ALLOW(accept4), ALLOW(close),
+        ALLOW(recvmsg), ALLOW(sendmsg),
         ALLOW(getsockname),  /* of its own sockets: _own.pxd */
+        CALL(connect, NOT_THE_LISTENER, ALLOWED),
+        CALL(shutdown, NOT_THE_LISTENER, ALLOWED),
         ALLOW(epoll_create1),  /* once, when the loop is made */
         CALL(socket,
              ARGUMENT(0),
@@ -130,6 +140,7 @@ cdef extern from *:
         /* Exactly the options that the loops set: behind others are packet filters, kernel TLS, netfilter
            tables. tests/relay/test_sandbox.py compares this with the loops' sources. */
         CALL(setsockopt,
+             NOT_THE_LISTENER,
              ARGUMENT(1),
              WHEN(SOL_SOCKET,
                   ARGUMENT(2), ANY_OF_4(SO_LINGER, SO_KEEPALIVE, SO_RCVBUF, SO_SNDBUF), REFUSED),
@@ -149,6 +160,9 @@ cdef extern from *:
              ARGUMENT(1), WHEN(O_NONBLOCK | O_CLOEXEC, ALLOWED), REFUSED),
         CALL(fcntl,
              ARGUMENT(1), ANY_OF_2(F_SETPIPE_SZ, F_GETPIPE_SZ), REFUSED),
+
+        CALL(dup3,  /* standard error becomes /dev/null */
+             ARGUMENT(0), WHEN(1, ARGUMENT(1), WHEN(2, ALLOWED), REFUSED), REFUSED),
 
         /* For the Python around the loops: its pipe and standard error, memory, time, exit. */
         ALLOW(read), ALLOW(write), ALLOW(munmap), ALLOW(brk), ALLOW(madvise), ALLOW(mremap),
@@ -204,6 +218,13 @@ cdef extern from *:
 
     /* ------------------------------------------------------------------------------ capabilities */
 
+    static unsigned int ambassador_random(void) {
+        unsigned int number;
+        if (getrandom(&number, sizeof(number), GRND_NONBLOCK) != sizeof(number))
+            number = (unsigned int) getpid();
+        return number;
+    }
+
     static int ambassador_capabilities_get(struct __user_cap_data_struct *sets) {
         struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
         return (int) syscall(SYS_capget, &header, sets);
@@ -225,7 +246,7 @@ cdef extern from *:
         unsigned int permitted
         unsigned int inheritable
     int prctl(int option, ...) nogil
-    int getpid() nogil
+    unsigned int random_number "ambassador_random" () nogil
     uid_t geteuid() nogil
     int getresuid(uid_t *real, uid_t *effective, uid_t *saved) nogil
     int setresuid(uid_t real, uid_t effective, uid_t saved) nogil
@@ -238,7 +259,8 @@ cdef extern from *:
 
 cdef enum:
     NOBODY = 65534
-    OWN_USERS = 2000000000  # 1879048192 to 2147483647 are unassigned: systemd's UIDS-GIDS.md
+    OWN_USERS = 0x70000000  # up to 0x7fffffff are unassigned: systemd's UIDS-GIDS.md
+    OWN_USERS_MASK = 0x0fffffff
     CAPABILITIES = 64  # as many as two words can name; the kernel knows fewer
 
 cdef enum:  # the steps, as bits of the word in the counters page
@@ -300,10 +322,11 @@ cdef uint64_t drop_privileges() noexcept nogil:
             prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         setgroups(0, NULL)
         if may_change_user():
-            setresgid(NOBODY, NOBODY, NOBODY)
-            user = OWN_USERS + getpid()
-            if setresuid(user, user, user) < 0:
-                setresuid(NOBODY, NOBODY, NOBODY)
+            if setresgid(NOBODY, NOBODY, NOBODY) < 0:
+                pass  # steps_that_hold tells what holds
+            user = OWN_USERS | random_number() & OWN_USERS_MASK
+            if setresuid(user, user, user) < 0 and setresuid(NOBODY, NOBODY, NOBODY) < 0:
+                pass
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capabilities_drop()
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # after the change of user, which sets it again

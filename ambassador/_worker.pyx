@@ -7,8 +7,9 @@ worker 0.15 MB more (CPython 3.11).
 
 Invariants:
 
-- The child has standard error, one thread, and the descriptors that it was passed: listener, control pipe,
-  its own counters page, and its siblings' pages to read. All it knows comes over the control pipe: Start
+- The child has one thread, and the descriptors that it was passed: listener, control pipe, its own
+  counters page, and its siblings' pages to read. It has standard error, which is the parent's log, until its loop
+  exists (without a sandbox for ever: sanitizers report there). All it knows comes over the control pipe: Start
   first, then Updates, then Drain.
 - It enters its sandbox after its Start and before its loop exists, so before any traffic. It serves no client
   before its first Update.
@@ -32,7 +33,17 @@ from ambassador._counters cimport (
     COUNTER_SANDBOX,
 )
 from ambassador._counters cimport COUNTERS_BYTES as PAGE_BYTES
-from ambassador._linux cimport EINTR, F_SETFL, O_NONBLOCK, close, errno, fcntl, read
+from ambassador._linux cimport (
+    EINTR,
+    F_SETFL,
+    O_NONBLOCK,
+    close,
+    dup3,
+    epoll_create1,
+    errno,
+    fcntl,
+    read,
+)
 from ambassador._loop cimport REASON_DRAINED
 from ambassador._options cimport options_t
 from ambassador._record cimport (
@@ -108,12 +119,15 @@ cdef object serve(int listener, int control, int counters, tuple siblings):
             ):
                 return EXIT_NO_SANDBOX
             loop = make_loop(&start, listener, control, counters, siblings)
+            if start.flags & FLAG_SANDBOX:
+                dup3(1, 2, 0)  # /dev/null: who is taken over can forge no line and read no terminal
         elif kind == KIND_DRAIN:
             memcpy(&deadline_ms, PyBytes_AS_STRING(payload), sizeof(deadline_ms))
             runs = True
             loop.drain(deadline_ms)
             if start.protocol == PROTOCOL_TCP:
                 close(listener)  # the last copy: the port refuses from now on
+                epoll_create1(0)  # keeps the number: the sandbox refuses some calls on it
         elif number > generation:
             if not runs:
                 fcntl(control, F_SETFL, O_NONBLOCK)

@@ -149,3 +149,4 @@ class DesiredState:
         default_factory=lambda: MappingProxyType({})
     )
     problems: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # all that are followed, those without a port too; () if none is

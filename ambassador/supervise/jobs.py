@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ambassador.options import Sandbox
 from ambassador.supervise import sandbox
+from ambassador.supervise.guard import Guard
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.watchdog import Watchdog
 from ambassador.supervise.worker import WorkerProcess
@@ -23,7 +24,10 @@ Paths = Callable[[], Iterable[WorkerPath]]
 
 
 class Job(Protocol):
-    """A duty that is due at moments of its own. `run` never waits and never raises for lack of anything."""
+    """A duty that is due at moments of its own. `run` never waits and never raises for lack of anything.
+
+    If either raises all the same, that is logged, and the duty is tried again later.
+    """
 
     def due(self) -> float | None:
         """The next moment (time.monotonic) at which to run, None if there is nothing to do."""
@@ -32,18 +36,41 @@ class Job(Protocol):
         """Do what is due."""
 
 
+class Reconcile:
+    """Brings what runs to what is desired, whenever that may have changed."""
+
+    def __init__(self, reconcile: Callable[[], bool], timings: Timings) -> None:
+        self.pending = True
+        self._reconcile = reconcile
+        self._retry = timings.start_retry
+        self._again: float | None = None
+
+    def due(self) -> float | None:
+        return 0.0 if self.pending else self._again
+
+    def run(self, now: float) -> None:
+        self.pending = False  # first, so that a wake from now on is not lost
+        self._again = now + self._retry  # if it raises
+        if self._reconcile():
+            self._again = None
+
+
 class StartWorkers:
     """Binds ports and starts workers, and tries again what failed."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, guard: Guard) -> None:
         self._paths = paths
+        self._guard = guard
 
     def due(self) -> float | None:
-        return min((due for path in self._paths() if (due := path.due()) is not None), default=None)
+        moments = (self._guard.due(path, path.due) for path in self._paths())
+        return min((moment for moment in moments if moment is not None), default=None)
 
     def run(self, now: float) -> None:
         for path in self._paths():
-            path.run(now)
+            due = self._guard.due(path, path.due)
+            if due is not None and due <= now:
+                self._guard.run(path, partial(path.run, now), **path.fields())
 
 
 class StopDeadlines:
@@ -62,8 +89,9 @@ class StopDeadlines:
 class WatchWorkers:
     """Kills workers that do not respond. Their exit is reported like any other."""
 
-    def __init__(self, paths: Paths, timings: Timings) -> None:
+    def __init__(self, paths: Paths, guard: Guard, timings: Timings) -> None:
         self._paths = paths
+        self._guard = guard
         self._watchdog = Watchdog(timings)
 
     def due(self) -> float | None:
@@ -73,9 +101,12 @@ class WatchWorkers:
         if not self._watchdog.start_check(now):
             return
         for path in self._paths():
-            for process in path.processes():
-                if process.pid and not process.kill_sent:
-                    self._check_worker(path, process, now)
+            self._guard.run((self, path), partial(self._check_path, path, now))
+
+    def _check_path(self, path: WorkerPath, now: float) -> None:
+        for process in path.processes():
+            if process.pid and not process.kill_sent:
+                self._check_worker(path, process, now)
 
     def _check_worker(self, path: WorkerPath, process: WorkerProcess, now: float) -> None:
         if self._watchdog.is_stuck(process.last_heartbeat, partial(process_state, process.pid)):
@@ -89,8 +120,9 @@ class WatchWorkers:
 class ReportLosses:
     """Logs what was lost, and which ports have recovered."""
 
-    def __init__(self, paths: Paths, timings: Timings) -> None:
+    def __init__(self, paths: Paths, guard: Guard, timings: Timings) -> None:
         self._paths = paths
+        self._guard = guard
         self._interval = timings.report
         self._next = 0.0
 
@@ -102,8 +134,12 @@ class ReportLosses:
             return
         self._next = now + self._interval
         for path in self._paths():
-            path.report_losses()
-            path.recover(now)
+            self._guard.run((self, path), partial(self._report, path, now))
+
+    @staticmethod
+    def _report(path: WorkerPath, now: float) -> None:
+        path.report_losses()
+        path.recover(now)
 
 
 class ReportSandbox:

@@ -59,6 +59,11 @@ class RunningListener:
             message = "no backend, holding new connections"
         log.info(message, extra={"fields": self.fields()})
 
+    def refresh(self) -> None:
+        """Tell the paths the same again: what it stands for has changed, or they may not have it."""
+        self._advance(self.spec)
+        self._tell(self._inner_first())
+
     def close(self, deadline_ms: int) -> None:
         """Nothing new at once. What is open may finish until the deadline."""
         for place in self._outer_first():

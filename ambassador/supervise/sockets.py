@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -135,6 +136,20 @@ class QueueDrops:
         rise = (now - self._reported.get(sock, 0)) % (1 << 32)
         self._reported[sock] = now
         return rise
+
+
+def is_intact(sock: socket.socket) -> bool:
+    """Whether a UDP socket of `bind` still hears everybody: connected or shut down, it does not.
+
+    Every worker shares the open file of its socket.
+    """
+    try:
+        sock.getpeername()
+    except OSError as error:
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        return error.errno == errno.ENOTCONN and not poll.poll(0)
+    return False
 
 
 def _bind(

@@ -1,7 +1,7 @@
 """The parent's loop: brings what runs to what is desired, and keeps it there.
 
-    wait until the first job is due -> dispatch descriptors -> handle signals -> reconcile if changed
-         -> run the jobs that are due
+    wait until the first job is due -> dispatch descriptors -> handle signals -> run the jobs that are due,
+    the first of which is to reconcile
 
 Invariants:
 
@@ -10,6 +10,7 @@ Invariants:
 - Only this thread touches listeners and workers. Other threads call nothing but `wake`.
 - The parent carries no traffic: if this loop stands still, established listeners go on.
 - A backend that goes away is told to the workers before anything else is done with the event.
+- No exception leaves a duty: what raised waits and is tried again, the rest goes on (guard.py).
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from types import FrameType
 
 from ambassador.model import DesiredState, ListenAddress, ListenerSpec
 from ambassador.options import Sandbox
-from ambassador.reconcile import Action, Close, Open, Replace, Update, plan
+from ambassador.reconcile import Action, Close, Open, Replace, Update, fit, plan
 from ambassador.supervise import jobs, sandbox
 from ambassador.supervise.forkserver import ForkServer
+from ambassador.supervise.guard import Guard
 from ambassador.supervise.listener import RunningListener
+from ambassador.supervise.port_limits import PortLimits
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.worker import WorkerProcess
-from ambassador.supervise.worker_path import PortLimits, WorkerPath
+from ambassador.supervise.worker_path import WorkerPath
 from ambassador.supervise.workers import Workers
-from ambassador.system.processes import reap_children
+from ambassador.system.processes import PortOwners, reap_children
+from ambassador.values import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,11 @@ class Supervisor:
         self._desired = desired
         self._listeners: dict[ListenAddress, RunningListener] = {}
         self._paths: dict[ListenAddress, WorkerPath] = {}
-        self._problems: tuple[str, ...] = ()
+        self._problems: frozenset[str] = frozenset()
+        self._unfinished: set[ListenAddress] = set()
         self._signals: deque[int] = deque()
-        self._changed = True
+        self._limits = PortLimits()
+        self._guard = Guard(timings.start_retry)
         self._draining = False
         self._exit_code = 0
         self._selector = selectors.DefaultSelector()
@@ -69,21 +75,28 @@ class Supervisor:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._workers = Workers(fork_server, self._selector, timings, self._no_sandbox)
         self._new_path = partial(
-            WorkerPath, workers=self._workers, limits=PortLimits(), sandbox=sandbox, timings=timings
+            WorkerPath,
+            workers=self._workers,
+            limits=self._limits,
+            owners=PortOwners(),
+            sandbox=sandbox,
+            timings=timings,
         )
+        self._changes = jobs.Reconcile(self._reconcile, timings)
         self._check_fork_server = jobs.CheckForkServer(self._workers, timings)
         self._jobs: tuple[jobs.Job, ...] = (
+            self._changes,
             self._check_fork_server,
-            jobs.StartWorkers(self._paths.values),
+            jobs.StartWorkers(self._paths.values, self._guard),
             jobs.StopDeadlines(self._workers),
-            jobs.WatchWorkers(self._paths.values, timings),
-            jobs.ReportLosses(self._paths.values, timings),
+            jobs.WatchWorkers(self._paths.values, self._guard, timings),
+            jobs.ReportLosses(self._paths.values, self._guard, timings),
             jobs.ReportSandbox(self._workers, sandbox, timings),
         )
 
     def wake(self) -> None:
         """Ask `desired` again soon. Safe from any thread."""
-        self._changed = True
+        self._changes.pending = True
         with suppress(BlockingIOError):  # a byte is waiting already
             self._wake_write.send(b"\0")
 
@@ -94,26 +107,24 @@ class Supervisor:
         self._catch_signals()
         while not (self._draining and not self._workers.stopping):
             for key, _ in self._selector.select(self._timeout()):
-                key.data()
+                if not self._guard.run(key.fd, key.data):
+                    self._workers.pause(key)
             self._handle_signals()
-            self._reconcile()
             self._run_due()
         self._workers.close()
         return self._exit_code
 
     def _timeout(self) -> float | None:
         """Until the first job is due: seconds, None if none is."""
-        if self._changed:
-            return 0
-        moments = [due for job in self._jobs if (due := job.due()) is not None]
+        moments = [due for job in self._jobs if (due := self._guard.due(job, job.due)) is not None]
         return max(min(moments) - time.monotonic(), 0) if moments else None
 
     def _run_due(self) -> None:
         now = time.monotonic()
         for job in self._jobs:
-            due = job.due()
+            due = self._guard.due(job, job.due)
             if due is not None and due <= now:
-                job.run(now)
+                self._guard.run(job, partial(job.run, now), duty=type(job).__name__)
 
     def _woken(self) -> None:
         with suppress(BlockingIOError):
@@ -132,21 +143,25 @@ class Supervisor:
     def _handle_signals(self) -> None:
         while self._signals:
             number = self._signals.popleft()
-            if number == signal.SIGCHLD:
-                reap_children()
-                self._check_fork_server.child_changed(time.monotonic())
-            elif self._draining:
-                log.warning("second stop signal, closing connections now")
-                self._workers.stop_now()
-            else:
-                log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
-                self._drain()
+            self._guard.run(("signal", number), partial(self._handle_signal, number))
+
+    def _handle_signal(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            reap_children()
+            self._check_fork_server.child_changed(time.monotonic())
+        elif self._draining:
+            log.warning("second stop signal, closing connections now")
+            self._workers.stop_now()
+        else:
+            log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
+            self._drain()
 
     def _drain(self) -> None:
         """Take no new work. Workers finish what is open, up to the deadline."""
         self._draining = True
         for listen, listener in list(self._listeners.items()):
-            self._close(listen, listener.spec.options.drain)
+            close = partial(self._close, listen, listener.spec.options.drain)
+            self._guard.run(listen, close, port=str(listen))
 
     def _no_sandbox(self, process: WorkerProcess) -> None:
         """A worker cannot enter the sandbox that is required, so none can: stop."""
@@ -162,33 +177,48 @@ class Supervisor:
 
     # -- desired state
 
-    def _reconcile(self) -> None:
-        if not self._changed:
-            return
-        self._changed = False  # first, so that a wake from now on is not lost
+    def _reconcile(self) -> bool:
+        """Whether all was carried out; if not, the rest is tried again."""
         if self._draining:
-            return
+            return True
         desired = self._desired()
+        desired = fit(desired, self._listeners, *self._limits.max_listeners(desired))
         running = {listen: listener.spec for listen, listener in self._listeners.items()}
         actions = plan(desired.listeners, running)
+        done = {
+            action.listen if isinstance(action, Close) else action.spec.listen for action in actions
+        }
+        again = {listen for listen in self._unfinished & running.keys() if listen not in done}
+        if self._limits.share_local_ports(desired.listeners.values()):
+            again |= {each for each in running.keys() - done if each.protocol is Protocol.UDP}
         # A backend that has gone is told first. What ends still comes before what is opened.
-        for action in sorted(actions, key=lambda action: not isinstance(action, Update | Replace)):
-            self._apply(action)
+        actions.sort(key=lambda action: not isinstance(action, Update | Replace))
+        applied = [self._apply(action) for action in actions]
+        self._unfinished = {listen for listen in applied if listen is not None}
+        for listen in again:
+            if not self._guard.run(listen, self._listeners[listen].refresh, port=str(listen)):
+                self._unfinished.add(listen)
         for problem in desired.problems:
             if problem not in self._problems:
                 log.error("%s", problem)
-        self._problems = desired.problems
+        self._problems = frozenset(desired.problems)
+        return not self._unfinished
 
-    def _apply(self, action: Action) -> None:
+    def _apply(self, action: Action) -> ListenAddress | None:
+        """The listener that is to be told again, if that failed."""
         match action:
             case Open(spec):
-                self._open(spec)
+                listen, call = spec.listen, partial(self._open, spec)
             case Update(spec) | Replace(spec):
-                self._listeners[spec.listen].update(spec)
+                listen, call = spec.listen, partial(self._listeners[spec.listen].update, spec)
             case Close(listen):
-                fields = self._listeners[listen].fields()
-                log.info("no longer exposed, closing the listener", extra={"fields": fields})
-                self._close(listen, 0)
+                call = partial(self._withdraw, listen)
+        return None if self._guard.run(listen, call, port=str(listen)) else listen
+
+    def _withdraw(self, listen: ListenAddress) -> None:
+        fields = self._listeners[listen].fields()
+        log.info("no longer exposed, closing the listener", extra={"fields": fields})
+        self._close(listen, 0)
 
     def _open(self, spec: ListenerSpec) -> None:
         listener = self._listeners[spec.listen] = RunningListener(spec)

@@ -16,7 +16,8 @@ class Timings:
     restart_first: float = 0.1
     restart_last: float = 10.0
     stable: float = 10.0
-    bind_retry: float = 1.0
+    bind_retry: float = 1.0  # then twice as long each time,
+    bind_retry_last: float = 10.0  # up to this
     start_retry: float = 1.0  # no descriptor, no memory
     fork_server_busy_retry: float = 0.2  # it is stopped or starved
     report: float = (

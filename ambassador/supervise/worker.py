@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 
 from ambassador.control import Drain, Start, Update, pack
+from ambassador.options import Sandbox
+from ambassador.supervise import sandbox
 from ambassador.supervise.page import CountersPage
 
 
@@ -31,6 +33,8 @@ class WorkerProcess:
         self.page = page
         self.pid = 0
         self.kill_sent = False
+        self._required = start.sandbox is Sandbox.REQUIRED
+        self._has_run = False
         self._started_at = 0.0
         self._pidfd = -1
         self._outgoing = bytearray(pack(start) + pack(update))
@@ -106,7 +110,20 @@ class WorkerProcess:
     @property
     def last_heartbeat(self) -> float:
         """Its latest sign of life, by time.monotonic: a turn of its loop, or its start."""
-        return max(self.page.heartbeat, self._started_at)
+        heartbeat = self.page.heartbeat
+        self._has_run = self._has_run or heartbeat > 0
+        return max(heartbeat, self._started_at)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether its loop was ever seen to run. The page alone does not say: a worker can write to it."""
+        return self._has_run or self.page.heartbeat > 0
+
+    @property
+    def refused_to_run(self) -> bool:
+        """Whether it may have exited because a step of the sandbox that is required is missing."""
+        missing = sandbox.missing_steps(self.sandbox)
+        return self._required and bool(missing) and not self.has_run
 
     @property
     def sandbox(self) -> int:

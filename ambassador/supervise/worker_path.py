@@ -14,80 +14,32 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from ambassador.control import Start, Update, pack
 from ambassador.datapath import Condition, PathState
 from ambassador.model import Backend, ListenAddress, ListenerSpec
-from ambassador.options import ListenerOptions, Sandbox
+from ambassador.options import Sandbox
 from ambassador.reconcile import needs_new_workers
 from ambassador.supervise import sockets
 from ambassador.supervise.forkserver import ForkServerGone
 from ambassador.supervise.listener import RunningListener
 from ambassador.supervise.losses import Losses, Totals
+from ambassador.supervise.port_limits import PortLimits
 from ambassador.supervise.slot import WorkerSlot
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.worker import WorkerProcess
 from ambassador.supervise.workers import Workers
-from ambassador.system.processes import port_owner
+from ambassador.system.processes import PortOwners
 from ambassador.system.titles import title_of
 from ambassador.values import Protocol
 
 log = logging.getLogger(__name__)
 
-SPARE_DESCRIPTORS = 64
-"""Of a worker's limit: what is not a UDP session's socket."""
-
 MAX_TITLE = 1000
-
-
-def port_limits(options: ListenerOptions, descriptors: int) -> ListenerOptions:
-    """`options` with the TCP connections of a port, and the UDP sessions of each of its workers, that fit.
-
-    Connections are counted in all workers of a port together. The kernel spreads UDP clients evenly over
-    workers, so each has its share of the sessions. Each worker may have so many `descriptors`.
-    """
-    room = max(2, descriptors - SPARE_DESCRIPTORS)
-    connections, sessions = options.workers * (room // 2), min(options.max_sessions, room)
-    asked = options.max_connections
-    if asked:
-        connections = min(asked, connections)
-        sessions = min(max(1, asked // options.workers), room)
-    return replace(options, max_connections=connections, max_sessions=sessions)
-
-
-class PortLimits:
-    """What a port may hold, by RLIMIT_NOFILE, which workers inherit. Logs each answer once."""
-
-    def __init__(self, descriptors: int | None = None) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._descriptors = soft if descriptors is None else descriptors
-        self._logged: set[tuple[int, int]] = set()
-
-    def resolve(self, options: ListenerOptions) -> ListenerOptions:
-        """The options as a worker gets them."""
-        limited = port_limits(options, self._descriptors)
-        asked = (options.max_connections, options.workers)
-        if asked not in self._logged:
-            self._logged.add(asked)
-            self._log(options, limited)
-        return limited
-
-    def _log(self, options: ListenerOptions, limited: ListenerOptions) -> None:
-        holds = {
-            "connections": limited.max_connections,
-            "sessions": limited.max_sessions * options.workers,
-        }
-        if limited.max_connections < options.max_connections:
-            fields = {"asked": options.max_connections, "connections": limited.max_connections}
-            message = "too few descriptors for -max-connections, raise ulimit -n"
-            log.warning(message, extra={"fields": fields})
-        log.info("each port can hold", extra={"fields": holds})
 
 
 class WorkerPath:
@@ -99,6 +51,7 @@ class WorkerPath:
         *,
         workers: Workers,
         limits: PortLimits,
+        owners: PortOwners,
         sandbox: Sandbox,
         timings: Timings,
         clock: Callable[[], float] = time.monotonic,
@@ -108,6 +61,7 @@ class WorkerPath:
         self._spec = listener.spec
         self._workers = workers
         self._limits = limits
+        self._owners = owners
         self._sandbox = sandbox
         self._timings = timings
         self._clock = clock
@@ -120,6 +74,8 @@ class WorkerPath:
         self._losses = Losses(protocol)
         self._queue_drops = sockets.QueueDrops()
         self._bind_at = 0.0
+        self._bind_errno = 0  # of the last attempt
+        self._bind_delay = 0.0
         self._problem = ""  # the last one that was logged, and still stands
         self._error = ("", 0.0)
 
@@ -136,7 +92,7 @@ class WorkerPath:
 
     def open(self, spec: ListenerSpec) -> None:
         self._spec, self._open, self._bind_at = spec, True, 0.0
-        self._slots = self._new_slots()
+        self._slots = self._slots or self._new_slots()
         self.run(self._clock())
 
     def update(self, spec: ListenerSpec) -> None:
@@ -235,12 +191,24 @@ class WorkerPath:
         try:
             self._sockets = sockets.bind_group(listen, workers, beside=beside)
         except (OSError, MemoryError) as error:
-            self._bind_at = now + self._timings.bind_retry
-            self._failed("cannot listen, trying again", _bind_problem(listen, error), now)
+            self._bind_failed(error, now)
             return False
-        self._problem = ""
+        self._problem, self._bind_errno, self._bind_delay = "", 0, 0.0
         log.info("listening", extra={"fields": self.fields()})
         return True
+
+    def _bind_failed(self, error: OSError | MemoryError, now: float) -> None:
+        """Try again later. Why is found out once for each error: who has the port is dear to know."""
+        first, last = self._timings.bind_retry, self._timings.bind_retry_last
+        self._bind_delay = min(self._bind_delay * 2, last) if self._bind_delay else first
+        self._bind_at = now + self._bind_delay
+        number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        if number != self._bind_errno:
+            self._bind_errno = number or 0
+            reason = _bind_problem(self._spec.listen, error, self._owners)
+            self._failed("cannot listen, trying again", reason, now)
+        else:
+            self._error = (self._error[0], now)
 
     def _close_sockets(self) -> None:
         for sock in self._sockets:
@@ -248,16 +216,26 @@ class WorkerPath:
         self._sockets = []
 
     def _check_socket(self, now: float) -> None:
-        """After a worker's death: its open file was the listener's own. UDP sockets have one worker each."""
-        if self._protocol is Protocol.UDP or not self._sockets:
-            return
-        if sockets.restore_listener(self._sockets[0]):
+        """After a worker's death: its open file was also the listener's, and is its successor's."""
+        check = sockets.restore_listener if self._protocol is Protocol.TCP else sockets.is_intact
+        if all(map(check, self._sockets)):
             return
         self._failed("listening socket lost, binding again", "a worker may have closed it", now)
-        self._close_sockets()
+        former = self._sockets
         self._stop(self._slots, self._spec.options.drain)
         self._slots = self._new_slots()
-        self._bind_at = now
+        if self._protocol is Protocol.UDP:
+            self._bind_beside(former, now)
+        else:
+            self._close_sockets()
+            self._bind_at = now
+
+    def _bind_beside(self, former: list[socket.socket], now: float) -> None:
+        """A new UDP group in place of a former one, whose workers still drain."""
+        self._sockets = []
+        self._bind(now, former)
+        for sock in former:
+            sock.close()
 
     # -- workers
 
@@ -271,10 +249,7 @@ class WorkerPath:
         self._stop(self._slots, self._spec.options.drain)
         self._slots = self._new_slots()
         if self._protocol is Protocol.UDP and self._sockets:
-            former, self._sockets = self._sockets, []
-            self._bind(now, former)
-            for sock in former:
-                sock.close()
+            self._bind_beside(self._sockets, now)
         self.run(now)
 
     def _start(self, place: int, slot: WorkerSlot, now: float) -> None:
@@ -361,10 +336,10 @@ def _reason(error: BaseException) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "no memory"
 
 
-def _bind_problem(listen: ListenAddress, error: BaseException) -> str:
+def _bind_problem(listen: ListenAddress, error: BaseException, owners: PortOwners) -> str:
     number = error.errno if isinstance(error, OSError) else errno.ENOMEM
     if number == errno.EADDRINUSE:
-        return f"{listen} is in use by {port_owner(listen)}; stop it, or run in a container"
+        return f"{listen} is in use by {owners.find(listen)}; stop it, or run in a container"
     if number == errno.EACCES:
         return (
             f"{listen.protocol.upper()} ports below 1024 need the capability NET_BIND_SERVICE: run as "
@@ -372,4 +347,6 @@ def _bind_problem(listen: ListenAddress, error: BaseException) -> str:
         )
     if number == errno.EADDRNOTAVAIL:
         return f"{listen}: no interface has this address; add it, or write another"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{listen}: too few descriptors, raise ulimit -n"
     return f"{listen}: {_reason(error)}"

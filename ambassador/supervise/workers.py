@@ -63,6 +63,7 @@ class Workers:
         self._selector = selector
         self._timings = timings
         self._no_sandbox = no_sandbox
+        self._have_run = False
         self._pending: deque[Living] = deque()  # in the order of the requests
         self._living: dict[int, Living] = {}
         self._unwatched: dict[int, tuple[int, Callable[[], None]]] = {}
@@ -157,7 +158,12 @@ class Workers:
         living = self._living.pop(message.pid, None)
         if living is None:
             return
-        if os.waitstatus_to_exitcode(message.status) == EXIT_NO_SANDBOX:
+        self._have_run = self._have_run or any(each.has_run for each in self.processes())
+        if (
+            os.waitstatus_to_exitcode(message.status) == EXIT_NO_SANDBOX
+            and living.process.refused_to_run
+            and not self._have_run  # else the sandbox can be had, and the code is a worker's whim
+        ):
             self._no_sandbox(living.process)
         self._end(living, _describe(message.status))
 
@@ -223,9 +229,18 @@ class Workers:
         try:
             self._selector.register(fd, events, ready)
         except OSError:  # no memory, or a limit on watches (epoll_ctl(2))
-            self._unwatched[fd] = (events, ready)
-            retry_at = time.monotonic() + self._timings.start_retry
-            self.repair_at = retry_at if self.repair_at is None else min(retry_at, self.repair_at)
+            self._watch_later(fd, events, ready)
+
+    def pause(self, key: selectors.SelectorKey) -> None:
+        """Do not wait for this descriptor for a while, if it is still waited for: its handler failed."""
+        if key.fd in self._selector.get_map():
+            self._selector.unregister(key.fd)
+            self._watch_later(key.fd, key.events, key.data)
+
+    def _watch_later(self, fd: int, events: int, ready: Callable[[], None]) -> None:
+        self._unwatched[fd] = (events, ready)
+        retry_at = time.monotonic() + self._timings.start_retry
+        self.repair_at = retry_at if self.repair_at is None else min(retry_at, self.repair_at)
 
     def _unwatch(self, fd: int) -> None:
         self._unwatched.pop(fd, None)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import enum
 import ipaddress
 import os
+import socket
+import time
+from collections.abc import Callable
 
 import psutil
 
 from ambassador.model import ListenAddress
 from ambassador.values import Protocol
+
+OWNERS_VALID_S = 1.0
+"""How long one look at the owners of ports is good for."""
 
 
 class ProcessState(enum.Enum):
@@ -44,24 +50,47 @@ def reap_children() -> None:
         pass
 
 
-def port_owner(listen: ListenAddress) -> str:
-    """The program that has the port: `redis-server (pid 4711)`, or that it cannot be seen."""
+class PortOwners:
+    """Which programs have the ports. One look at the system, which is slow, serves all ports of a moment."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._taken: dict[tuple[Protocol, int], list[tuple[str, int | None]]] = {}
+        self._until = 0.0
+
+    def find(self, listen: ListenAddress) -> str:
+        """The program that has the port: `redis-server (pid 4711)`, or that it cannot be seen."""
+        if self._clock() >= self._until:
+            self._taken = _taken_ports()
+            self._until = self._clock() + OWNERS_VALID_S
+        for port in range(listen.first_port, listen.last_port + 1):
+            for address, pid in self._taken.get((listen.protocol, port), ()):
+                if pid is not None and _overlaps(listen, address):
+                    try:
+                        return f"{psutil.Process(pid).name()} (pid {pid})"
+                    except psutil.Error:
+                        pass
+        return "a process that cannot be seen from here"
+
+
+def _taken_ports() -> dict[tuple[Protocol, int], list[tuple[str, int | None]]]:
+    """Who listens where: address and pid, None if it is hidden."""
+    taken: dict[tuple[Protocol, int], list[tuple[str, int | None]]] = {}
     try:
-        for entry in psutil.net_connections(kind=listen.protocol.value):
-            listening = listen.protocol is Protocol.UDP or entry.status == psutil.CONN_LISTEN
-            if entry.laddr and not entry.raddr and listening and _overlaps(listen, *entry.laddr):
-                if entry.pid is None:
-                    break
-                return f"{psutil.Process(entry.pid).name()} (pid {entry.pid})"
+        for entry in psutil.net_connections(kind="inet"):
+            protocol = Protocol.TCP if entry.type == socket.SOCK_STREAM else Protocol.UDP
+            listening = protocol is Protocol.UDP or entry.status == psutil.CONN_LISTEN
+            if entry.laddr and not entry.raddr and listening:
+                taken.setdefault((protocol, entry.laddr.port), []).append(
+                    (entry.laddr.ip, entry.pid)
+                )
     except (psutil.Error, OSError):
         pass
-    return "a process that cannot be seen from here"
+    return taken
 
 
-def _overlaps(listen: ListenAddress, address: str, port: int) -> bool:
-    """Whether a socket that is bound there keeps another from binding `listen`."""
-    if not listen.first_port <= port <= listen.last_port:
-        return False
+def _overlaps(listen: ListenAddress, address: str) -> bool:
+    """Whether a socket that is bound there keeps another from binding a port of `listen`."""
     bound = ipaddress.ip_address(address.partition("%")[0])
     wanted = ipaddress.ip_address(listen.address.partition("%")[0] or "::")
     return bound.is_unspecified or wanted.is_unspecified or bound == wanted

@@ -321,3 +321,58 @@ def test_nothing_else_listens(run: Run, peers: Peers) -> None:
             else:
                 open_ports.add((entry.type, entry.laddr.port))
     assert open_ports == {(socket.SOCK_STREAM, tcp), (socket.SOCK_DGRAM, udp)}
+
+
+# ------------------------------------------------------------------------------------------------ R1, R6
+
+FEW_PROCESSES = (
+    "setpriv", "--reuid", "61234", "--regid", "61234", "--clear-groups",
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+    *("--bounding-set=-all,+dac_read_search", "prlimit"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (
+            (*FEW_PROCESSES, "--nproc=1"),
+            "allow 7, and one more for each port (--pids-limit, ulimit -u)",
+        ),
+        (
+            (*FEW_PROCESSES, "--nproc=2"),
+            "allow 7, and one more for each port (--pids-limit, ulimit -u)",
+        ),
+        (("prlimit", "--nofile=5"), "too few descriptors, raise ulimit -n to 64 or more"),
+        (("prlimit", "--nofile=7"), "too few descriptors, raise ulimit -n to 64 or more"),
+    ],
+)
+def test_too_little_to_start(before: Sequence[str], words: str) -> None:
+    """R6: one line that says what to do, and exit code 1."""
+    program = Program("relay", f"{free_port()}/tcp={HERE}:9", before=before)
+    assert program.process.wait(TIMEOUT_S) == 1
+    (line,) = program.lines
+    assert line.startswith("grand-ambassador: cannot start: ")
+    assert words in line
+
+
+@pytest.mark.parametrize("limit", [10, 12, 16, 64, 256])
+def test_more_ports_than_descriptors(limit: int) -> None:
+    """R1: what fits is relayed, one line says what is left out, and nothing ends."""
+    first = free_port()
+    routes = [f"{first + n}/tcp={HERE}:9" for n in range(120)]
+    program = Program("relay", *routes, before=("prlimit", f"--nofile={limit}"))
+    try:
+        program.wait_for_line("ports .* left out, .* raise ulimit -n")
+        fits = max((limit - 16 - limit // 8) // 5, 1)
+        if limit > 12:
+            # Another test may have one of the ports.
+            wait_until(lambda: max(fits - 3, 1) <= len(program.workers()) <= fits)
+            connect(first).close()
+            assert not program.said("cannot start a worker")
+        else:
+            program.wait_for_line("cannot start a worker, trying again.*raise the limits")
+        assert program.said("left out") == 1
+        assert "Traceback" not in program.text
+    finally:
+        program.close()

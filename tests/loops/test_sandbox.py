@@ -28,13 +28,13 @@ from tests.support.endpoints import Peers, Server, read_exactly
 from tests.support.net import free_port
 from tests.support.processes import status
 from tests.support.program import Program, Run
-from tests.support.wait import TIMEOUT_S
+from tests.support.wait import TIMEOUT_S, wait_until
 from tests.support.worker import StartWorker, destination
 
 pytestmark = pytest.mark.native
 
 PACKAGE = Path(ambassador.__file__).parent
-OWN_USERS = 2_000_000_000
+OWN_USERS = range(0x7000_0000, 0x8000_0000)  # what systemd's UIDS-GIDS.md calls unassigned
 X32 = 1 << 30
 I386_GETPID = 20
 
@@ -55,6 +55,9 @@ NUMBERS = {
     "prctl": (157, 167),
     "setresuid": (117, 147),
     "getpid": (39, 172),
+    "connect": (42, 203),
+    "shutdown": (48, 210),
+    "dup3": (292, 24),
 }
 _PLACE = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -94,7 +97,8 @@ def test_a_worker_holds_no_power(start: StartWorker, peers: Peers, protocol: Pro
     server = peers.server() if protocol is Protocol.TCP else peers.udp()
     worker = start(protocol, destination(server))
     said = status(worker.pid)
-    assert said["Uid"].split() == [str(OWN_USERS + worker.pid)] * 4
+    (user,) = set(said["Uid"].split())
+    assert int(user) in OWN_USERS
     assert said["Gid"].split() == ["65534"] * 4
     assert said["Groups"] == ""
     for caps in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
@@ -116,6 +120,22 @@ def test_supplementary_groups_are_given_up(run: Run) -> None:
     (worker,) = program.workers(f"{port}/tcp")
     assert status(program.process.pid)["Groups"].split() == ["4", "27"]
     assert status(worker)["Groups"] == ""
+
+
+def test_workers_of_one_host_are_different_users(start_tcp: StartWorker) -> None:
+    """S1: a number made of the pid would be the same in every container, and its pipes in one account."""
+    users = {status(start_tcp().pid)["Uid"].split()[0] for _ in range(3)}
+    assert len(users) == 3
+    pids = [start_tcp().pid for _ in range(2)]
+    near = [int(status(pid)["Uid"].split()[0]) for pid in pids]
+    assert abs(near[0] - near[1]) != abs(pids[0] - pids[1])
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_a_worker_does_not_hold_the_log(start: StartWorker, protocol: Protocol) -> None:
+    """S8: no line to forge, no terminal to read."""
+    worker = start(protocol)
+    assert {worker.descriptors()[number] for number in (0, 1, 2)} == {"/dev/null"}
 
 
 def test_off_means_off(start_tcp: StartWorker) -> None:
@@ -228,6 +248,27 @@ REFUSED: dict[str, Callable[[], int]] = {
 def test_refused_inside(what: str) -> None:
     """S2: fails with EPERM, and the process lives to tell."""
     assert inside(REFUSED[what]) == errno.EPERM
+
+
+LASTING: dict[str, tuple[int, ...]] = {
+    "shutdown": (socket.SHUT_RDWR,),
+    "connect": (ADDRESS, 16),
+    "setsockopt": (socket.SOL_SOCKET, socket.SO_LINGER, ADDRESS, 8),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_the_listener_cannot_be_changed(name: str) -> None:
+    """S8: its open file is the parent's, and the successor's. On another number the call is allowed."""
+    listener, nobody = 3, 100
+    assert inside(lambda: call(name, listener, *LASTING[name])) == errno.EPERM
+    assert inside(lambda: call(name, nobody, *LASTING[name])) == errno.EBADF
+
+
+def test_standard_error_alone_can_be_replaced() -> None:
+    assert inside(lambda: call("dup3", 1, 2, 0)) == 0
+    for source, target in ((3, 2), (1, 3), (3, 4)):
+        assert inside(lambda: call("dup3", source, target, 0)) == errno.EPERM  # noqa: B023
 
 
 FATAL: dict[str, Callable[[], int]] = {
@@ -404,3 +445,17 @@ def test_connections_still_work_with_everything_on(start: StartWorker, peers: Pe
         datagrams.sendto(data, source)
         assert client.recv(100) == b"%d" % number
     assert udp.sandbox
+
+
+def test_a_draining_worker_still_connects(start_tcp: StartWorker, peers: Peers) -> None:
+    """The listener's number stays taken, so that no backend's socket gets it: connecting is refused on it."""
+    server = peers.server()
+    worker = start_tcp(sandbox=Sandbox.REQUIRED)
+    with socket.create_connection(("127.0.0.1", worker.port), TIMEOUT_S) as client:
+        worker.wait_for(held=1)
+        worker.drain(10_000)
+        wait_until(lambda: not worker.descriptors()[3].startswith("socket:"), "it does not drain")
+        worker.tell(destination(server))
+        backend = peers.accept(server)
+        backend.sendall(b"still served")
+        assert read_exactly(client, 12) == b"still served"

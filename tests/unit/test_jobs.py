@@ -12,6 +12,7 @@ import pytest
 from ambassador import _sandbox
 from ambassador.options import Sandbox
 from ambassador.supervise import jobs
+from ambassador.supervise.guard import Guard
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.worker_path import WorkerPath
 from ambassador.supervise.workers import Workers
@@ -31,14 +32,19 @@ class Process(SimpleNamespace):
         self.killed += 1
 
 
-class Path(SimpleNamespace):
+class Path:
     def __init__(self, due: float | None = None, process: Process | None = None) -> None:
-        super().__init__(moment=due, process=process, done=[])
+        self.moment = due
+        self.process = process
+        self.done: list[tuple[object, ...]] = []
+        self.error: Exception | None = None
 
     def due(self) -> float | None:
-        return cast("float | None", self.moment)
+        return self.moment
 
     def run(self, now: float) -> None:
+        if self.error is not None:
+            raise self.error
         self.done.append(("run", now))
 
     def report_losses(self) -> None:
@@ -64,12 +70,52 @@ def workers(**fields: Any) -> Workers:
 
 
 def test_the_first_start_is_due_first() -> None:
-    given = Path(7.0), Path(), Path(5.0)
-    job = jobs.StartWorkers(paths(*given))
+    given = Path(NOW), Path(), Path(5.0), Path(NOW + 1)
+    job = jobs.StartWorkers(paths(*given), Guard(1.0))
     assert job.due() == 5.0
     job.run(NOW)
-    assert [path.done for path in given] == [[("run", NOW)]] * 3
-    assert jobs.StartWorkers(paths(Path())).due() is None
+    assert [path.done for path in given] == [[("run", NOW)], [], [("run", NOW)], []]
+    assert jobs.StartWorkers(paths(Path()), Guard(1.0)).due() is None
+
+
+def test_a_listener_that_raises_waits_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """R6: logged once; the loop does not spin on it."""
+    now = NOW
+    guard = Guard(1.0, lambda: now)
+    broken, good = Path(5.0), Path(5.0)
+    broken.error = ZeroDivisionError("nobody thought of it")
+    job = jobs.StartWorkers(paths(broken, good), guard)
+    job.run(now)
+    assert good.done == [("run", NOW)]
+    good.moment = None
+    assert job.due() == NOW + 1
+    now += 1
+    job.run(now)
+    assert job.due() == NOW + 2
+    (record,) = caplog.records
+    assert record.message == "internal error, trying again"
+    assert record.exc_info
+    assert "ZeroDivisionError" in vars(record)["fields"]["reason"]
+    broken.error = None
+    now += 1
+    job.run(now)
+    assert broken.done == [("run", now)]
+    assert job.due() == 5.0
+
+
+def test_what_was_not_carried_out_is_tried_again() -> None:
+    answers = iter([False, True])
+    job = jobs.Reconcile(lambda: next(answers), TIMINGS)
+    assert job.due() == 0.0
+    job.run(NOW)
+    assert job.due() == NOW + TIMINGS.start_retry
+    job.run(NOW + 1)
+    assert job.due() is None
+    with pytest.raises(StopIteration):
+        job.run(NOW + 2)
+    assert job.due() == NOW + 2 + TIMINGS.start_retry
 
 
 def test_stop_deadlines() -> None:
@@ -81,7 +127,7 @@ def test_stop_deadlines() -> None:
 def test_a_silent_worker_is_killed_once(caplog: pytest.LogCaptureFixture) -> None:
     """W2."""
     process = Process(pid=1 << 22)  # no such process: nobody can say that it runs
-    job = jobs.WatchWorkers(paths(Path(process=process)), TIMINGS)
+    job = jobs.WatchWorkers(paths(Path(process=process)), Guard(1.0), TIMINGS)
     now = NOW
     while now < NOW + 20:
         job.run(now)
@@ -91,12 +137,12 @@ def test_a_silent_worker_is_killed_once(caplog: pytest.LogCaptureFixture) -> Non
     assert process.killed == 1
     (record,) = caplog.records
     assert record.message == "worker not responding, killing it"
-    assert jobs.WatchWorkers(paths(), TIMINGS).due() is None, "nobody to watch"
+    assert jobs.WatchWorkers(paths(), Guard(1.0), TIMINGS).due() is None, "nobody to watch"
 
 
 def test_losses_are_looked_for_in_intervals() -> None:
     path = Path()
-    job = jobs.ReportLosses(paths(path), TIMINGS)
+    job = jobs.ReportLosses(paths(path), Guard(1.0), TIMINGS)
     job.run(NOW)
     job.run(NOW + 1)
     assert path.done == [("losses",), ("recover", NOW)]

@@ -36,7 +36,7 @@ ONLY = {
     "options": frozenset({"values"}),
     "counters": frozenset({"values"}),
     "model": frozenset({"values", "options"}),
-    "reconcile": frozenset({"model", "options"}),
+    "reconcile": frozenset({"model", "options", "values"}),
     "datapath": frozenset({"model"}),
 }
 """Stricter than the layers, for modules that promise to be usable on their own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from ambassador.model import (
     AccessRule,
     Backend,
+    DesiredState,
     ListenAddress,
     ListenerSpec,
     Replica,
@@ -21,11 +24,13 @@ from ambassador.model import (
 from ambassador.options import Change, ListenerOptions, Row, rows
 from ambassador.reconcile import (
     MAX_LISTENERS,
+    RESERVED,
     Action,
     Close,
     Open,
     Replace,
     Update,
+    fit,
     merge,
     plan,
 )
@@ -168,14 +173,94 @@ def test_a_target_may_overlap_itself() -> None:
         assert set(listeners(target("a", *order))) == {wildcard}
 
 
-def test_a_range_exposed_by_mistake_does_not_take_every_process() -> None:
-    first = target("a", *(ListenAddress(TCP, port) for port in range(1, 1001)))
-    second = target("b", *(ListenAddress(TCP, port) for port in range(2000, 65536)))
-    desired = merge([first, second], DEFAULTS)
+def many(name: str, first: int, last: int, protocol: Protocol = TCP) -> TargetState:
+    return target(name, *(ListenAddress(protocol, port) for port in range(first, last + 1)))
+
+
+def test_clashes_of_two_targets_are_one_line() -> None:
+    """C7: linear work, however many ports both expose."""
+    both = [many(name, 1000, 65535, UDP) for name in ("one", "two", "three")]
+    begin = time.process_time()
+    first, second = merge(both, DEFAULTS).problems
+    assert time.process_time() - begin < 10, "the square would be minutes"
+    assert first == (
+        "64536 ports (1000-65535/udp) are exposed by both one and two: they go to one, "
+        "which is named first; run a second ambassador for two"
+    )
+    assert "both one and three" in second
+
+
+def test_many_single_ports_are_a_short_line() -> None:
+    odd = [ListenAddress(TCP, port) for port in range(1, 2000, 2)]
+    (problem,) = merge([target("a", *odd), target("b", *odd)], DEFAULTS).problems
+    assert "1000 ports (1/tcp, 3/tcp, " in problem
+    assert "19/tcp, 990 more)" in problem
+
+
+# ------------------------------------------------------------------------------------------------- fit
+
+
+def counted(desired: DesiredState) -> dict[str, int]:
+    return Counter(spec.target for spec in desired.listeners.values())
+
+
+def fitted(running: Collection[ListenAddress], *targets: TargetState) -> DesiredState:
+    return fit(merge(targets, DEFAULTS), running)
+
+
+def test_what_fits_is_left_alone() -> None:
+    desired = merge([many("a", 1, MAX_LISTENERS)], DEFAULTS)
+    assert fit(desired, ()) is desired
+
+
+def test_a_target_that_wants_too_many_takes_nothing_from_another() -> None:
+    """C8: whichever is named first, and also if the other comes later."""
+    evil, good = many("evil", 30000, 31100), many("good", 6000, 6009)
+    for order in ((evil, good), (good, evil)):
+        desired = fitted((), *order)
+        assert set(good.ports) <= set(desired.listeners)
+        assert len(desired.listeners) == MAX_LISTENERS - (RESERVED - 10)
+        (problem,) = desired.problems
+        assert problem.startswith("93 ports (31008-31100/tcp) of evil left out, 1024 are relayed")
+    alone = fitted((), evil, target("good"))
+    assert counted(alone) == {"evil": MAX_LISTENERS - RESERVED}
+    later = fitted(alone.listeners, evil, good)
+    assert counted(later) == {"evil": MAX_LISTENERS - RESERVED, "good": 10}
+    assert set(alone.listeners) <= set(later.listeners)
+
+
+def test_what_runs_stays() -> None:
+    """C8: a newcomer takes what is free, and of its own ports those that run come first."""
+    running = many("old", 40000, 40900)
+    desired = fitted(running.ports, many("new", 1, 900), running)
+    assert set(running.ports) <= set(desired.listeners)
+    assert counted(desired) == {"old": 901, "new": MAX_LISTENERS - 901}
+    wider = fitted(running.ports, many("old", 30000, 40900))
+    assert set(running.ports) <= set(wider.listeners)
+
+
+def test_equal_shares_of_those_that_want_too_many() -> None:
+    desired = fitted(
+        (), *(many(name, n * 1000 + 1, n * 1000 + 900) for n, name in enumerate("abcd"))
+    )
+    assert counted(desired) == dict.fromkeys("abcd", MAX_LISTENERS // 4)
+    assert [problem.split()[4] for problem in desired.problems] == ["a", "b", "c", "d"]
+
+
+def test_more_targets_than_listeners() -> None:
+    desired = fitted((), *(target(str(n), ListenAddress(TCP, n)) for n in range(1, 1101)))
     assert len(desired.listeners) == MAX_LISTENERS
-    assert set(first.ports) <= set(desired.listeners), "the target named first has its ports first"
-    (problem,) = desired.problems
-    assert "64536 ports are exposed, 1024 are relayed" in problem
+    assert len(desired.problems) == 1100 - MAX_LISTENERS
+
+
+def test_fixed_routes_that_do_not_fit_are_one_line() -> None:
+    """R1: each is a target of its own, but nobody's neighbour."""
+    listeners = {ListenAddress(TCP, n): spec(ListenAddress(TCP, n)) for n in range(1, 121)}
+    desired = fit(DesiredState(listeners), (), 38, "raise ulimit -n")
+    assert len(desired.listeners) == 38
+    assert desired.problems == (
+        "82 ports (39-120/tcp) left out, 38 are relayed in all: raise ulimit -n",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ plan

@@ -5,6 +5,7 @@ Sockets, pages and pipes are real; there is no process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -15,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,9 +28,12 @@ from ambassador.model import Backend, ListenAddress, ListenerSpec
 from ambassador.options import ListenerOptions, Sandbox
 from ambassador.supervise import sockets
 from ambassador.supervise.listener import RunningListener
+from ambassador.supervise.port_limits import PortLimits
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.worker import WorkerProcess
-from ambassador.supervise.worker_path import PortLimits, WorkerPath
+from ambassador.supervise.worker_path import WorkerPath
+from ambassador.system import processes
+from ambassador.system.processes import PortOwners
 from ambassador.values import Protocol
 from tests.unit.fake_workers import GONE, FakeWorkers, descriptors
 
@@ -50,6 +55,7 @@ class Stage:
             self.listener,
             workers=self.fake.workers,
             limits=PortLimits(20_000),
+            owners=PortOwners(lambda: self.now),
             sandbox=Sandbox.OFF,
             timings=TIMINGS,
             clock=lambda: self.now,
@@ -285,24 +291,55 @@ def test_what_a_full_queue_dropped_is_said_once(
 # -------------------------------------------------------------------------------------------- failures
 
 
-def test_no_port(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    """R4: said once, tried again until the port is free."""
+def test_no_port(
+    stage: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R4: said once, with one look for the owner, and tried ever less often until the port is free."""
+    look = Mock(return_value={})
+    monkeypatch.setattr(processes, "_taken_ports", look)
     squatter = sockets.bind(stage.spec.listen)
+    waits = []
     try:
         stage.open(workers=2)
-        for _ in range(3):
-            stage.wait(TIMINGS.bind_retry)
+        for _ in range(6):
+            due = stage.path.due()
+            assert due is not None
+            waits.append(due - stage.now)
+            stage.wait(waits[-1])
         assert stage.condition() is Condition.CANNOT_LISTEN
         assert "is in use by" in stage.path.state().error
         assert stage.path.state().error_at == stage.now
-        assert stage.path.due() == stage.now + TIMINGS.bind_retry
         assert not stage.fake.forked
     finally:
         squatter.close()
+    assert waits == [1, 2, 4, 8, 10, 10]
+    assert look.call_count == 1
     assert [record.message for record in caplog.records] == ["cannot listen, trying again"]
-    stage.wait(TIMINGS.bind_retry)
+    stage.wait(TIMINGS.bind_retry_last)
     assert stage.condition() is Condition.FORWARDING
     assert len(stage.fake.forked) == 2
+
+
+def test_one_look_for_the_owners_of_all_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R4: a range that the host uses costs one look in a moment."""
+    now = 0.0
+    taken = {(Protocol.TCP, 80): [("::", os.getpid())], (Protocol.TCP, 81): [("127.0.0.1", None)]}
+    look = Mock(return_value=taken)
+    monkeypatch.setattr(processes, "_taken_ports", look)
+    owners = PortOwners(lambda: now)
+    assert f"(pid {os.getpid()})" in owners.find(ListenAddress(Protocol.TCP, 80))
+    for port in (81, 82):
+        assert "cannot be seen" in owners.find(ListenAddress(Protocol.TCP, port))
+    assert look.call_count == 1
+    now = 1.0
+    owners.find(ListenAddress(Protocol.TCP, 80))
+    assert look.call_count == 2
+
+
+def test_the_owner_of_a_port_is_found() -> None:
+    with sockets.bind(ListenAddress(Protocol.TCP, next(_ports))) as sock:
+        listen = ListenAddress(Protocol.TCP, sock.getsockname()[1])
+        assert f"(pid {os.getpid()})" in PortOwners().find(listen)
 
 
 def test_no_such_address(tcp: Stage) -> None:
@@ -394,6 +431,30 @@ def test_a_listener_that_was_shut_down_listens_again(tcp: Stage) -> None:
         tcp.fake.exit(tcp.fake.forked[0])
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     socket.create_connection(("127.0.0.1", tcp.spec.listen.first_port)).close()
+
+
+@pytest.mark.parametrize("how", ["connect", "shutdown"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_udp_socket_that_hears_nobody_is_bound_anew(
+    udp: Stage, how: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W1: what a worker did to its socket ends with the worker."""
+    udp.open(workers=workers)
+    worker = udp.fake.forked[0]
+    udp.fake.exit(worker)
+    udp.wait(0)
+    assert not caplog.records or "lost" not in caplog.text, "nothing was done to it"
+    with shared_socket(udp) as sock:
+        if how == "connect":
+            sock.connect(("127.0.0.1", 9))
+        else:
+            with contextlib.suppress(OSError):  # ENOTCONN, and shut down all the same
+                sock.shutdown(socket.SHUT_RD)
+        udp.fake.exit(udp.fake.forked[-1])
+    assert "listening socket lost, binding again" in caplog.text
+    udp.wait(TIMINGS.bind_retry)
+    assert len(udp.path.processes()) == workers
+    assert all(map(sockets.is_intact, udp.path._sockets))
 
 
 def test_a_listener_beyond_repair_is_bound_anew(tcp: Stage) -> None:

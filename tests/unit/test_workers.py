@@ -14,8 +14,10 @@ from typing import cast
 
 import pytest
 
-from ambassador._worker import EXIT_NO_SANDBOX
+from ambassador import _sandbox
+from ambassador._worker import EXIT_NO_SANDBOX, HEARTBEAT_WORD, SANDBOX_WORD
 from ambassador.control import Start, Update
+from ambassador.options import Sandbox
 from ambassador.supervise.forkserver import Exited, Forked, ForkServer, ForkServerGone
 from ambassador.supervise.page import CountersPage
 from ambassador.supervise.timings import Timings
@@ -76,8 +78,8 @@ class Stage:
         self.servers.append(FakeForkServer(len(self.servers) + 1))
         return self.servers[-1]
 
-    def fork(self) -> WorkerProcess:
-        process = WorkerProcess(Start(Protocol.TCP), Update(1), self.page)
+    def fork(self, sandbox: Sandbox = Sandbox.AUTO) -> WorkerProcess:
+        process = WorkerProcess(Start(Protocol.TCP, sandbox=sandbox), Update(1), self.page)
         self.made.append(process)
         self.workers.fork(process, [0], partial(self._exited, process))
         return process
@@ -160,11 +162,53 @@ def test_no_descriptor_for_the_pidfd(stage: Stage) -> None:
     assert len(stage.exits) == 1
 
 
-def test_no_sandbox(stage: Stage) -> None:
-    process = stage.fork()
+MISSING = 1 << 16 | 1 << _sandbox.MISSING
+
+
+@pytest.mark.parametrize(
+    ("wanted", "word", "heartbeat", "ends"),
+    [
+        (Sandbox.REQUIRED, MISSING, 0, True),
+        (Sandbox.REQUIRED, 1 << 16, 0, False),  # nothing is missing
+        (Sandbox.REQUIRED, 0, 0, False),
+        (Sandbox.REQUIRED, MISSING, 1, False),  # its loop ran
+        (Sandbox.AUTO, MISSING, 0, False),
+        (Sandbox.OFF, MISSING, 0, False),
+    ],
+)
+def test_no_sandbox(stage: Stage, wanted: Sandbox, word: int, heartbeat: int, ends: bool) -> None:
+    """S8: the exit code alone ends nothing but the worker."""
+    process = stage.fork(wanted)
     stage.hear(Forked(*stage.sleeper()))
+    stage.page._words[SANDBOX_WORD], stage.page._words[HEARTBEAT_WORD] = word, heartbeat
     stage.hear(Exited(process.pid, EXIT_NO_SANDBOX << 8))
-    assert stage.no_sandbox == [process]
+    assert stage.no_sandbox == ([process] if ends else [])
+    assert stage.exits == [(process, "exit code 77")]
+
+
+def test_a_worker_that_has_run_cannot_say_that_there_is_no_sandbox(stage: Stage) -> None:
+    """S8: it may write what it likes into its page, but the parent has seen it run."""
+    process = stage.fork(Sandbox.REQUIRED)
+    stage.hear(Forked(*stage.sleeper()))
+    stage.page._words[HEARTBEAT_WORD] = 1
+    assert process.last_heartbeat  # the watchdog's look
+    stage.page._words[SANDBOX_WORD], stage.page._words[HEARTBEAT_WORD] = MISSING, 0
+    stage.hear(Exited(process.pid, EXIT_NO_SANDBOX << 8))
+    assert stage.no_sandbox == []
+
+
+def test_a_handler_that_fails_is_not_called_for_a_while(stage: Stage) -> None:
+    """R6: the loop does not spin on a descriptor that stays ready."""
+    stage.servers[-1].messages.append(ZeroDivisionError())
+    os.write(stage.servers[-1].theirs, b"x")
+    ((key, _),) = stage.selector.select(0)
+    with pytest.raises(ZeroDivisionError):
+        key.data()
+    stage.workers.pause(key)
+    assert not stage.selector.select(0)
+    assert stage.workers.repair_at is not None
+    stage.workers.repair(stage.workers.repair_at)
+    assert stage.selector.select(0)
 
 
 def test_the_fork_server_exits(stage: Stage) -> None:
