@@ -1,10 +1,11 @@
-"""What the operating system says of processes and ports. The only importer of psutil."""
+"""What the operating system says of processes, ports and interfaces. The only importer of psutil."""
 
 from __future__ import annotations
 
 import enum
 import ipaddress
 import os
+import socket
 
 import psutil
 
@@ -56,6 +57,17 @@ def port_owner(listen: ListenAddress) -> str:
     except (psutil.Error, OSError):
         pass
     return "a process that cannot be seen from here"
+
+
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this network namespace's interfaces, in their shortest form, without zones."""
+    try:
+        entries = [each for listed in psutil.net_if_addrs().values() for each in listed]
+    except (psutil.Error, OSError):
+        return frozenset()
+    families = (socket.AF_INET, socket.AF_INET6)
+    texts = (each.address.partition("%")[0] for each in entries if each.family in families)
+    return frozenset(str(ipaddress.ip_address(each)) for each in texts)
 
 
 def _overlaps(listen: ListenAddress, address: str, port: int) -> bool:
