@@ -142,6 +142,39 @@ def test_target_on_the_host_network(stage: Stage) -> None:
         assert held.greeting()[0] == "db"
 
 
+def test_another_network_resets_nothing(stage: Stage) -> None:
+    """C9: the target's way stays as it is, also if the new network comes first by name."""
+    kept, first = stage.network("z"), stage.network("a")
+    db = run_server(stage, "db", TCP, flags=f"--network={kept}")
+    ambassador, host = run_ambassador(stage, "-name", db.name, network=kept)
+    stage.docker("network", "connect", first, ambassador.name)
+    with Conversation(host) as old:
+        assert old.greeting() == ("db", db.address(kept))
+        stage.docker("network", "connect", first, db.name)
+        assert old.is_held(1.0)
+    assert reached_at(host) == db.address(kept)
+    db.restart()  # a new run chooses anew
+    wait_until_reached_at(host, db.address(first))
+
+
+def test_the_gateway_may_be_a_stranger(stage: Stage) -> None:
+    """C10: another machine is the gateway of the first network; the host is that of the second."""
+    port, number = free_port(), random.randrange(16, 200)
+    lan = stage.network(
+        "a",
+        f"--subnet=10.{number}.1.0/24",
+        f"--aux-address=DefaultGatewayIPv4=10.{number}.1.50",
+    )
+    bridge = stage.network("b", f"--subnet=10.{number}.2.0/24")
+    db = run_server(stage, "db", f"{port}/tcp", flags="--network=host")
+    ambassador = stage.run_ambassador("-name", db.name, flags=f"--network={lan}")
+    ambassador.wait_for_log("host is not known to be the gateway")
+    stage.docker("network", "connect", bridge, ambassador.name)
+    host = ambassador.address(bridge)
+    wait_until_accepts(host, port)
+    assert greet(host, port) == "db"
+
+
 def test_ambassador_on_the_host_network(stage: Stage) -> None:
     """C10: it listens on this machine, and says so where the target does the same."""
     port = free_port()
@@ -185,6 +218,29 @@ def test_target_in_the_network_of_another(stage: Stage) -> None:
             db.restart()
             assert held.greeting() == ("db", owner.address())
         db.remove()
+    finally:
+        stage.docker("rmi", "--force", image)
+
+
+def test_target_in_a_chain_of_others(stage: Stage) -> None:
+    """C10: `container:X` where X is `container:Y`."""
+    owner = run_server(stage, "owner", "7001/tcp")
+    image = stage.name("image")
+    stage.docker("commit", "--change", f"EXPOSE {TCP}", owner.name, image)
+    try:
+        middle = stage.run(
+            "middle",
+            image,
+            *server_command("middle", ["7002/tcp"]),
+            flags=f"--network=container:{owner.name}",
+        )
+        db = stage.run(
+            "db", image, *server_command("db", [TCP]), flags=f"--network=container:{middle.name}"
+        )
+        _, host = run_ambassador(stage, "-name", db.name)
+        assert greet(host) == "db"
+        db.remove()
+        middle.remove()
     finally:
         stage.docker("rmi", "--force", image)
 
