@@ -65,11 +65,12 @@ class Attachment:
 class Network(NamedTuple):
     """What never changes about a network: its driver and the gateways that are the driver's own.
 
-    A bridge that another machine is the gateway of (inhibit_ipv4) has no gateway here.
+    Docker lists no gateway if the user gave a subnet only. `router`: another machine can be the gateway.
     """
 
     driver: str
     gateways: frozenset[str] = frozenset()
+    router: bool = False
 
 
 class ExposedPorts(NamedTuple):
@@ -258,22 +259,25 @@ def networks_of(listed: Iterable[Any]) -> dict[str, Network]:
     networks: dict[str, Network] = {}
     for each in listed:
         if isinstance(each, Mapping):
-            network = Network(text(each, "Driver"), _own_gateways(each))
+            network = _network_of(each)
             networks |= {text(each, key): network for key in ("Id", "Name")}
     networks.pop("", None)
     return networks
 
 
-def _own_gateways(network: Mapping[str, Any]) -> frozenset[str]:
-    if text(section(network, "Options"), "com.docker.network.bridge.inhibit_ipv4") == "true":
-        return frozenset()
-    configs = section(network, "IPAM").get("Config")
-    found = (
-        _literal(text(each, "Gateway").partition("/")[0])
-        for each in (configs if isinstance(configs, list) else ())
-        if isinstance(each, Mapping)
+def _network_of(listed: Mapping[str, Any]) -> Network:
+    driver = text(listed, "Driver")
+    if text(section(listed, "Options"), "com.docker.network.bridge.inhibit_ipv4") == "true":
+        return Network(driver, router=True)
+    value = section(listed, "IPAM").get("Config")
+    configs = (
+        [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
     )
-    return frozenset(filter(None, found))
+    gateways = (_literal(text(each, "Gateway").partition("/")[0]) for each in configs)
+    # --aux-address DefaultGatewayIPv4=ADDRESS, or the daemon's --default-gateway.
+    names = (name for each in configs for name in section(each, "AuxiliaryAddresses"))
+    router = any(name.startswith("DefaultGatewayIPv") for name in names)
+    return Network(driver, frozenset(filter(None, gateways)), router)
 
 
 def is_rootless(info: Document) -> bool:

@@ -225,15 +225,13 @@ def _host_addresses(
 
 def _is_gateway_the_host(place: Attachment, networks: Mapping[str, Network]) -> bool:
     network = _network(place, networks)
-    default = place.network in DEFAULT_NETWORKS
-    if not place.gateway or network is None:
-        return (
-            bool(place.gateway) and default
-        )  # the list may be forbidden, and a default one is a bridge
+    if not place.gateway:
+        return False
+    if network is None:  # the list may be forbidden; a default network is a bridge
+        return place.network in DEFAULT_NETWORKS
     if network.driver != "bridge":
         return False
-    # The list may lack the gateway of Docker's default bridge.
-    return place.gateway in network.gateways or (default and not network.gateways)
+    return place.gateway in network.gateways or not (network.gateways or network.router)
 
 
 def _chosen_addresses(

@@ -192,8 +192,9 @@ class TargetWatcher:
             return _Answer(absent_state(self._state))
         owners = owners_of(document, lambda reference: self._inspect(engine, reference))
         known = [each for each in (document, *owners) if each is not None]
-        ids = {each.get("Id") for each in known} | set(map(network_owner_reference, known))
-        self._ids = frozenset(i for i in ids if isinstance(i, str) and i)
+        ids = {container_id(each) for each in known}
+        ids |= {network_owner_reference(each) or "" for each in known}
+        self._ids = frozenset(ids - {""})
         self._joins = joins_of(document, owners, self._joins)
         own_networks = self._own_networks()
         self._log_skipped(exposed_ports(document).skipped)

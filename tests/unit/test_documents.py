@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ambassador.discovery.documents import (
+    Network,
     attachments,
     exposed_ports,
     is_podman,
@@ -211,29 +212,34 @@ def test_networks() -> None:
     assert networks_of([None, 3, {}, {"Id": 4, "Driver": "x"}]) == {}
 
 
+INHIBITED = {"com.docker.network.bridge.inhibit_ipv4": "true"}
+
+
 @pytest.mark.parametrize(
-    ("ipam", "options", "gateways"),
+    ("ipam", "options", "gateways", "router"),
     [
-        ({"Config": [{"Subnet": "10.0.0.0/24", "Gateway": "10.0.0.1"}]}, {}, {"10.0.0.1"}),
+        ({"Config": [{"Subnet": "10.0.0.0/24", "Gateway": "10.0.0.1"}]}, {}, {"10.0.0.1"}, False),
+        ({"Config": [{"Gateway": "10.0.0.1/24"}]}, {}, {"10.0.0.1"}, False),
         (
-            {"Config": [{"Gateway": "10.0.0.1/24"}, {"Gateway": "FD00::1"}]},
+            {"Config": [{"Gateway": "10.0.0.1"}, {"Gateway": "FD00::1"}]},
             {},
             {"10.0.0.1", "fd00::1"},
+            False,
         ),
-        ({"Config": [{"Gateway": "127.0.0.1"}, {"Gateway": 7}, 3, {}]}, {}, set()),
-        ({"Config": None}, {}, set()),
-        ([], {}, set()),
+        ({"Config": [{"Gateway": "127.0.0.1"}, {"Gateway": 7}, 3, {}]}, {}, set(), False),
+        ({"Config": None}, {}, set(), False),
+        ([], {}, set(), False),
         # The gateway is another machine on the bridge.
-        (
-            {"Config": [{"Gateway": "10.0.0.1"}]},
-            {"com.docker.network.bridge.inhibit_ipv4": "true"},
-            set(),
-        ),
+        ({"Config": [{"Gateway": "10.0.0.1"}]}, INHIBITED, set(), True),
+        ({"Config": [{"AuxiliaryAddresses": {"DefaultGatewayIPv4": "10.0.0.5"}}]}, {}, set(), True),
+        ({"Config": [{"AuxiliaryAddresses": {"printer": "10.0.0.5"}}]}, {}, set(), False),
     ],
 )
-def test_the_gateways_of_a_network(ipam: Any, options: Any, gateways: set[str]) -> None:
+def test_the_gateways_of_a_network(
+    ipam: Any, options: Any, gateways: set[str], router: bool
+) -> None:
     listed = [{"Id": "n", "Driver": "bridge", "IPAM": ipam, "Options": options}]
-    assert networks_of(listed)["n"].gateways == gateways
+    assert networks_of(listed)["n"] == Network("bridge", frozenset(gateways), router)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,8 @@ B = {AT_B.network_id: Network("bridge", frozenset({"10.78.2.1"}))}
         ([AT_A], A, None),
         ([AT_B], {}, None),  # the list of networks is forbidden
         ([AT_B], {AT_B.network_id: Network("macvlan", frozenset({"10.78.2.1"}))}, None),
-        ([AT_B], {AT_B.network_id: Network("bridge")}, None),  # its gateway is not its own
+        ([AT_B], {AT_B.network_id: Network("bridge", router=True)}, None),
+        ([AT_B], {AT_B.network_id: Network("bridge")}, "10.78.2.1"),  # the user gave a subnet only
         ([AT_B, AT_BRIDGE], B, "172.17.0.1"),  # the default one first, a bridge also if not listed
         ([AT_BRIDGE], {AT_BRIDGE.network_id: Network("bridge")}, "172.17.0.1"),
     ],
