@@ -3,8 +3,9 @@
 Invariants:
 
 - A value here never changes and owns nothing: no descriptor, no process, no connection to Docker.
-- A `Backend` always has an address that parses as an IP literal. An empty address, which Docker reports for
-  a container that is not (yet) on a network, cannot be represented, so it is never dialled.
+- A `Backend` always has an address that a worker can be told: an IP literal, its zone a number. An empty
+  address, which Docker reports for a container that is not (yet) on a network, cannot be represented, so it
+  is never dialled.
 - Two backends are equal only if they are the same container *run*: `container` and `run` are part of the
   value, so a restart that keeps its address is still a different backend.
 """
@@ -72,7 +73,11 @@ class Backend:
     weight: int = 1
 
     def __post_init__(self) -> None:
-        ipaddress.ip_address(self.address)
+        zone = getattr(ipaddress.ip_address(self.address), "scope_id", None)
+        if zone is not None and not (zone.isascii() and zone.isdigit() and int(zone) < 2**32):
+            raise ValueError(
+                f"zone {zone[:32]!r} of {self.address[:64]!r} is no interface's number"
+            )
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is not between 1 and 65535")
         if not 0 <= self.weight <= 65535:
@@ -139,6 +144,7 @@ class TargetState:
     access: tuple[AccessRule, ...] = ()
     problem: str = ""
     origin: str = "-name"  # who asked for it
+    container: str = ""  # the full ID; that of the last one while there is none
 
 
 @dataclass(frozen=True, slots=True)

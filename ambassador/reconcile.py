@@ -71,6 +71,7 @@ def merge(targets: Sequence[TargetState], defaults: ListenerOptions) -> DesiredS
 
     `defaults` are the options of a target that has none of its own. The problems are those between targets.
     """
+    targets = _distinct(targets)
     listeners: dict[ListenAddress, ListenerSpec] = {}
     by_port: dict[tuple[str, int], list[ListenAddress]] = {}
     clashes: dict[tuple[str, str], list[tuple[ListenAddress, ListenAddress]]] = {}
@@ -158,6 +159,19 @@ def _ports(listens: Iterable[ListenAddress]) -> str:
     shown = [str(ListenAddress(*each)) for each in ranges[:MAX_RANGES]]
     more = [f"{len(ranges) - MAX_RANGES} more"] if len(ranges) > MAX_RANGES else []
     return f"{count} ports ({', '.join([*shown, *more])})"
+
+
+def _distinct(targets: Sequence[TargetState]) -> Sequence[TargetState]:
+    """`targets` without those that name a container again, by its ID or by another of its names.
+
+    A target whose container was renamed away knows it still, without a replica: then the other one stays.
+    """
+    best: dict[str, TargetState] = {}
+    for target in targets:
+        other = best.setdefault(target.container, target)
+        if target.replicas and not other.replicas:
+            best[target.container] = target
+    return [each for each in targets if not each.container or best[each.container] is each]
 
 
 def _clash(

@@ -9,7 +9,7 @@ Invariants:
   says.
 - Subscribe first, inspect second: no change between the two is lost.
 - While the Engine is away the last states stand. Its loss and its return are one log line each.
-- Only GET requests: `_ping`, `version`, `events`, `containers/{id}/json`, `networks`.
+- Only GET requests: `_ping`, `version`, `events`, `containers/{id}/json`, `networks`, `info`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from ambassador.backoff import Backoff
 from ambassador.discovery.events import FILTERS, EventParser, death, subject
-from ambassador.discovery.own_networks import OwnNetworksWatcher, read_own_id
+from ambassador.discovery.own_networks import OwnNetworksWatcher, OwnPlace
 from ambassador.discovery.source import Source
 from ambassador.discovery.watcher import TargetWatcher
 from ambassador.engine.api import Engine, EngineError, EventStream
@@ -61,7 +61,7 @@ class DockerSource(Source):
         reconcile_every: float = 30.0,
         ping_every: float = 10.0,
         backoff_max: float = 10.0,
-        own_id: Callable[[], str | None] = read_own_id,
+        place: OwnPlace = OwnPlace(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
@@ -74,14 +74,16 @@ class DockerSource(Source):
         self._stopping = threading.Event()
         # The lock is over the next three, and held for no call that can block.
         self._lock = threading.Lock()
-        self._states = {target: TargetState(target) for target in targets}
+        # Docker's own form of a name has a slash: /web is web.
+        names = (target.removeprefix("/") or target for target in targets)
+        self._states = {name: TargetState(name) for name in names}
         self._engine: Engine | None = None
         self._stream: EventStream | None = None
         self._lost_reason: str | None = None
         self._lost_at = 0.0
         self._own_networks = OwnNetworksWatcher(
             lambda: self._engine,
-            own_id=own_id(),
+            place=place,
             on_change=self._inspect_all,
             log=log,
             debounce=debounce,

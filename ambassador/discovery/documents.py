@@ -5,14 +5,14 @@ Invariants:
 - A document is untrusted. A value that is missing, null or of another type counts as absent.
 - Nothing here raises on any JSON object.
 - Equal documents give equal answers, in one order.
-- An address or a gateway is an IP literal or empty.
+- An address or a gateway is an IP literal that another machine can have, or empty.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -25,14 +25,18 @@ from ambassador.values import Protocol
 DEFAULT_NETWORKS = frozenset({"bridge", "podman"})
 """The networks of a container whose user chose none: Docker's, Podman's."""
 
-PSEUDO_NETWORKS = frozenset({"host", "none"})
-"""Docker lists these as networks, but no container has an address on them."""
+PSEUDO_NETWORKS = frozenset({"host", "none", "ingress", "docker_gwbridge"})
+"""Never chosen: no container has an address on the first two, and Swarm keeps the others to itself."""
+
+MAX_OWNERS = 8
+"""Links of a chain of `--network container:X` that are followed."""
 
 MIN_ID_PREFIX = 12
 """The length of Docker's short ID. A shorter prefix could be another container's name."""
 
 _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/([A-Za-z]+))?", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]+")
+_THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -45,11 +49,28 @@ class Attachment:
     address: str = ""
     gateway: str = ""
 
+    def is_named(self, network: str) -> bool:
+        """Whether -network can mean this one: by name, by ID, or by 12 or more digits of the ID."""
+        if network in (self.network, self.network_id):
+            return True
+        return is_id_prefix(network) and self.network_id.startswith(network)
+
     def same_network(self, other: Attachment) -> bool:
         """Compares IDs, since names are not unique; compares names if the Engine reports no ID."""
         if self.network_id and other.network_id:
             return self.network_id == other.network_id
         return self.network == other.network
+
+
+class Network(NamedTuple):
+    """What never changes about a network: its driver and the gateways that are the driver's own.
+
+    Docker lists no gateway if the user gave a subnet only. `router`: another machine can be the gateway.
+    """
+
+    driver: str
+    gateways: frozenset[str] = frozenset()
+    router: bool = False
 
 
 class ExposedPorts(NamedTuple):
@@ -77,11 +98,26 @@ def text(values: Mapping[str, Any], key: str) -> str:
 
 
 def _literal(address: str) -> str:
-    """`address` if it is an IP literal that can be dialled, else empty."""
+    """`address` in its shortest form if a container can be dialled there, else empty.
+
+    No container has a loopback, multicast, broadcast or reserved address, or one that needs a zone.
+    """
     try:
-        return "" if ipaddress.ip_address(address).is_unspecified else address
+        read = ipaddress.ip_address(address)
     except ValueError:
         return ""
+    if isinstance(read, ipaddress.IPv6Address):
+        if read.scope_id is not None or read.is_link_local:
+            return ""
+        plain = read.ipv4_mapped or read
+    else:
+        plain = read
+    impossible = plain.is_unspecified or plain.is_loopback or plain.is_multicast
+    if isinstance(plain, ipaddress.IPv4Address):
+        impossible |= (
+            plain.is_reserved or plain in _THIS_NETWORK
+        )  # the broadcast address is reserved
+    return "" if impossible else str(plain)
 
 
 def container_id(document: Document) -> str:
@@ -193,11 +229,64 @@ def started_after(document: Document, other: Document) -> bool:
     return ours is not None and theirs is not None and ours > theirs
 
 
-def drivers_of(networks: Iterable[Any]) -> dict[str, str]:
-    """The driver of each network in the Engine's list, by ID and by name."""
-    drivers: dict[str, str] = {}
-    for network in networks:
-        if isinstance(network, Mapping):
-            drivers |= {text(network, key): text(network, "Driver") for key in ("Id", "Name")}
-    drivers.pop("", None)
-    return drivers
+def never_ended(document: Document) -> bool:
+    """Whether the container's first run still goes on. False if that is not known."""
+    ended = microseconds(text(section(document, "State"), "FinishedAt"))
+    return ended is not None and ended < 0  # year 1
+
+
+def owners_of(
+    document: Document, inspect: Callable[[str], Document | None]
+) -> tuple[Document | None, ...]:
+    """The containers whose network the container uses: X of `container:X`, X's own X, and so on.
+
+    Ends with the one that has a network of its own, with None if `inspect` finds none, or after MAX_OWNERS.
+    A circle also ends at that bound.
+    """
+    owners: list[Document | None] = []
+    here: Document | None = document
+    while here is not None and len(owners) < MAX_OWNERS:
+        reference = network_owner_reference(here)
+        if reference is None:
+            break
+        here = inspect(reference)
+        owners.append(here)
+    return tuple(owners)
+
+
+def networks_of(listed: Iterable[Any]) -> dict[str, Network]:
+    """Each network in the Engine's list, by ID and by name."""
+    networks: dict[str, Network] = {}
+    for each in listed:
+        if isinstance(each, Mapping):
+            network = _network_of(each)
+            networks |= {text(each, key): network for key in ("Id", "Name")}
+    networks.pop("", None)
+    return networks
+
+
+def _network_of(listed: Mapping[str, Any]) -> Network:
+    driver = text(listed, "Driver")
+    if text(section(listed, "Options"), "com.docker.network.bridge.inhibit_ipv4") == "true":
+        return Network(driver, router=True)
+    value = section(listed, "IPAM").get("Config")
+    configs = (
+        [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
+    )
+    gateways = (_literal(text(each, "Gateway").partition("/")[0]) for each in configs)
+    # --aux-address DefaultGatewayIPv4=ADDRESS, or the daemon's --default-gateway.
+    names = (name for each in configs for name in section(each, "AuxiliaryAddresses"))
+    router = any(name.startswith("DefaultGatewayIPv") for name in names)
+    return Network(driver, frozenset(filter(None, gateways)), router)
+
+
+def is_rootless(info: Document) -> bool:
+    """Whether GET /info says that the Engine's networks are not those of the host."""
+    options = info.get("SecurityOptions")
+    listed = options if isinstance(options, list) else []
+    return any(isinstance(each, str) and "name=rootless" in each.split(",") for each in listed)
+
+
+def is_podman(info: Document) -> bool:
+    """Whether GET /info is Podman's, whose `--network host` is the real host's also if rootless."""
+    return "BuildahVersion" in info

@@ -5,15 +5,17 @@ Invariants:
 - No lock is held while the Engine is asked. A reader gets the last answer at once.
 - Only the first answer is waited for, and at most FIRST_ANSWER_S: without it no address can be chosen.
 - A refresh that fails changes nothing.
+- GET /info is optional: a proxy may forbid it, and then the Engine counts as one that is not rootless.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ambassador.backoff import Backoff
@@ -22,11 +24,15 @@ from ambassador.discovery.documents import (
     attachments,
     container_id,
     is_host_mode,
-    network_owner_reference,
+    is_podman,
+    is_rootless,
+    is_target,
+    owners_of,
 )
 from ambassador.discovery.events import Subject
 from ambassador.discovery.inspect_thread import InspectThread
 from ambassador.engine.api import Document, Engine, EngineError, NoSuchContainer
+from ambassador.system.processes import own_addresses
 
 FIRST_ANSWER_S = 6.0
 """Longer than the Engine client's timeout, so that its error, which says more, comes first."""
@@ -35,11 +41,16 @@ RETRY_FIRST_S = 0.1
 RETRY_CAP_S = 5.0
 """Between two refreshes that fail."""
 
+# The path is short if the directory of the containers is a file system of its own.
 _MOUNT = re.compile(
-    r"/(?:containers/([0-9a-f]{64})|overlay-containers/([0-9a-f]{64})/userdata)"
-    r"/(?:hostname|hosts|resolv\.conf)"
+    r"(?:/containers/|^/)([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf)"
+    r"|/overlay-containers/([0-9a-f]{64})/userdata/(?:hostname|hosts|resolv\.conf)"
 )
 _MOUNTED_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+_SHORT_ID = re.compile(r"[0-9a-f]{12}")
+_MARKS = ("/.dockerenv", "/run/.containerenv")
+"""Docker, Podman: a process that sees one is in a container."""
+
 _CGROUP = re.compile(r"[/-]([0-9a-f]{64})(?:\.scope)?(?:/|$)")
 
 
@@ -48,13 +59,18 @@ class OwnNetworks:
     """The ambassador's own networks. Default: on the host, not in a container.
 
     `network_owner` is the container whose network the ambassador uses: its own container, or Y if it was
-    started with `--network container:Y`.
+    started with `--network container:Y`. The rest matters only if `host`: `addresses` are those of the own
+    interfaces. `unknown`: the ambassador is in a container that the Engine does not know. `rootless`: the
+    Engine's networks are not in the own network namespace.
     """
 
     container_id: str = ""
     network_owner: str = ""
     host: bool = True
     attachments: tuple[Attachment, ...] = ()
+    addresses: frozenset[str] = frozenset()
+    unknown: bool = False
+    rootless: bool = False
 
 
 def own_networks_of(
@@ -110,25 +126,49 @@ def read_own_id() -> str | None:
     return own_container_id(*texts)
 
 
+def own_short_id() -> str:
+    """The hostname if it can be a container's short ID, which is what an Engine sets; else empty."""
+    name = socket.gethostname()
+    return name if _SHORT_ID.fullmatch(name) else ""
+
+
+def is_in_container() -> bool:
+    return any(Path(mark).exists() for mark in _MARKS)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPlace:
+    """How the ambassador learns where it runs. Each field is asked when it is needed.
+
+    `container_id` is None if the ambassador is in no container, or cannot tell in which.
+    """
+
+    container_id: Callable[[], str | None] = read_own_id
+    short_id: Callable[[], str] = own_short_id
+    in_container: Callable[[], bool] = is_in_container
+    addresses: Callable[[], frozenset[str]] = own_addresses
+
+
 class OwnNetworksWatcher:
     """Refreshes the own networks on request.
 
-    `engine` returns the Engine to ask, or None while there is none. `own_id` is the ambassador's own
-    container, None if it is in none. `on_change` is called by the thread if readers have seen an older answer
-    or an error.
+    `engine` returns the Engine to ask, or None while there is none. `on_change` is called by the thread if
+    readers have seen an older answer or an error.
     """
 
     def __init__(
         self,
         engine: Callable[[], Engine | None],
         *,
-        own_id: str | None,
+        place: OwnPlace,
         on_change: Callable[[], None],
         log: logging.Logger,
         debounce: float,
     ) -> None:
         self._engine = engine
-        self._own_id = own_id
+        self._place = place
+        self._own_id = place.container_id()
+        self._info: tuple[Engine, Document] | None = None
         self._on_change = on_change
         self._log = log
         self._networks: OwnNetworks | None = None
@@ -171,7 +211,10 @@ class OwnNetworksWatcher:
             self._answered.wait(FIRST_ANSWER_S)
         networks, error = self._networks, self._error
         if networks is not None:
-            return networks
+            if not networks.host:
+                return networks
+            # Read anew each time: a bridge gets its address when its network is made, without an event.
+            return replace(networks, addresses=self._place.addresses())
         if error is not None:
             raise EngineError(str(error), status=error.status)
         raise EngineError("own container not inspected in time: check whether the daemon is stuck")
@@ -189,20 +232,65 @@ class OwnNetworksWatcher:
             names = " ".join(each.network for each in networks.attachments) or "none"
             fields = {"networks": "host" if networks.host else names}
             self._log.info("own networks", extra={"fields": fields})
+            self._warn(networks)
             if former is not None or refused:  # else all readers still wait for this answer
                 self._on_change()
 
+    def _warn(self, networks: OwnNetworks) -> None:
+        """Log a container that cannot be found: only what the host reaches can be relayed to."""
+        if networks.unknown:
+            text = "the Engine does not know this container: use -sock of the Engine that runs it"
+        elif not networks.container_id and self._place.in_container():
+            text = "mount nothing over /etc/hostname, and set no --hostname"
+        else:
+            return
+        self._log.warning("own container not found", extra={"fields": {"error": text}})
+
     def _ask(self, engine: Engine) -> OwnNetworks:
-        if self._own_id is None:
-            return own_networks_of(None)
+        document = self._own_document(engine)
+        if document is None:
+            networks = OwnNetworks(unknown=self._own_id is not None)
+        else:
+            owners = owners_of(document, engine.inspect_container)
+            networks = own_networks_of(document, owners[-1] if owners else None)
+        if not networks.host:
+            return networks
+        info = self._engine_info(engine)
+        # A container on the host network of a rootless Docker is in the namespace of its bridges.
+        inside = document is not None and not is_podman(info)
+        return replace(networks, rootless=is_rootless(info) and not inside)
+
+    def _own_document(self, engine: Engine) -> Document | None:
+        """The ambassador's own container; None if it is in none that the Engine knows."""
         try:
-            document = engine.inspect_container(self._own_id)
+            if self._own_id is not None:
+                return engine.inspect_container(self._own_id)
+            short = self._place.short_id()
+            if not short:
+                return None
+            document = engine.inspect_container(short)
         except NoSuchContainer:
-            # The ambassador's container belongs to another Engine. The host's view is the likeliest.
-            return own_networks_of(None)
-        reference = network_owner_reference(document)
-        owner = engine.inspect_container(reference) if reference is not None else None
-        return own_networks_of(document, owner)
+            return None
+        # A hostname can be anything, so one of the addresses must agree.
+        theirs = {each.address for each in attachments(document)} - {""}
+        if is_target(document, short) and theirs & self._place.addresses():
+            self._own_id = container_id(document)
+            return document
+        return None
+
+    def _engine_info(self, engine: Engine) -> Document:
+        if self._info is not None and self._info[0] is engine:
+            return self._info[1]
+        try:
+            info = engine.info()
+        except EngineError as error:
+            fields = {"error": str(error)}
+            self._log.debug("no info, assuming a rootful Engine", extra={"fields": fields})
+            if error.status is None:
+                return {}  # no answer: ask again at the next refresh
+            info = {}
+        self._info = engine, info
+        return info
 
     def _failed(self, error: EngineError) -> float:
         if self._networks is None:

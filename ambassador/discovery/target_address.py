@@ -5,20 +5,24 @@ Pure functions, no I/O.
 Invariants:
 
 - Nothing here raises on any JSON object, and equal documents give equal answers.
-- A replica is a container that runs now, on a network that the ambassador can reach by Docker's account.
+- A replica is a container that runs now, on a network that the ambassador can reach. From a container that
+  is a network that both are on; from the host, a network whose gateway is an address of the host itself.
+  Only -network overrules: its address is used even so, with a problem.
+- The address in use stays while the run has it and it can be reached.
 - Without a replica the problem says what to do, unless the target is down or its address is still to come.
 - A problem is one printable line: control characters in names are replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from ambassador.discovery.documents import (
     DEFAULT_NETWORKS,
     Attachment,
+    Network,
     attachments,
     container_id,
     container_name,
@@ -28,10 +32,10 @@ from ambassador.discovery.documents import (
     is_target,
     network_owner_reference,
     section,
-    started_after,
     started_at,
     text,
 )
+from ambassador.discovery.joins import Join, joins_of
 from ambassador.discovery.own_networks import OwnNetworks
 from ambassador.engine.api import Document
 from ambassador.model import Replica, TargetState
@@ -46,37 +50,43 @@ def target_state(
     own_networks: OwnNetworks,
     *,
     network: str = "",
-    network_owner: Document | None = None,
-    drivers: Mapping[str, str] = MappingProxyType({}),
+    owners: Sequence[Document | None] = (),
+    joins: Sequence[Join] | None = None,
+    networks: Mapping[str, Network] = MappingProxyType({}),
+    previous: Sequence[Replica] = (),
 ) -> TargetState:
     """The state of `target` from its `document`, as seen from `own_networks`.
 
-    `network` is the value of -network. `network_owner` is the document of the container that
-    `network_owner_reference` names, None if that is gone. `drivers` maps network IDs and names to drivers,
-    if `needs_drivers` says that they matter. Without a replica and without a problem the target does not
-    run, or it runs and has no address yet (`awaits_address`).
+    `network` is the value of -network. `owners` and `joins` say whose network it uses (`owners_of`,
+    `joins_of`). `networks` has what is known of those that `networks_in_question` returns. `previous` are the
+    replicas of the last state. Without a replica and without a problem the target does not run, or it runs
+    and has no address yet (`awaits_address`).
     """
     name = printable(target)
     ident = container_id(document)
-    state = TargetState(target, exposed_ports(document).ports)
+    state = TargetState(target, exposed_ports(document).ports, container=ident)
     if own_networks.container_id and own_networks.container_id == ident:
         problem = f"{name} is the ambassador itself, or the owner of its network: name another"
         return replace(state, problem=problem)
     if not is_running(document):
         return state
-    address, problem = _address(
-        name,
-        document,
-        own_networks,
-        network=network,
-        network_owner=network_owner,
-        drivers=drivers,
-    )
-    if address and not state.ports:
+    problem, found = "", document
+    if network_owner_reference(document) is not None:
+        known = joins_of(document, owners) if joins is None else joins
+        problem = _owner_problem(document, own_networks, owners, known)
+        found = (owners[-1] if owners else None) or document
+    addresses: tuple[str, ...] = ()
+    if not problem:
+        of = name if found is document else printable(container_name(found))
+        addresses, problem = _addresses(of, found, own_networks, network, networks)
+    if addresses and not state.ports:
         problem = "exposes no port: start it with --expose PORT, or put EXPOSE in its image"
+    run = started_at(document)
+    used = {each.address for each in previous if (each.container, each.run) == (ident, run)}
+    address = next((each for each in addresses if each in used), "") or next(iter(addresses), "")
     return replace(
         state,
-        replicas=(Replica(ident, started_at(document), address),) if address else (),
+        replicas=(Replica(ident, run, address),) if address else (),
         problem=problem and f"{name} {problem}",
     )
 
@@ -103,139 +113,220 @@ def keep_ports(previous: TargetState, state: TargetState) -> TargetState:
 
 
 def absent_state(previous: TargetState) -> TargetState:
-    """The state if there is no such container: the ports of the last one stay."""
-    return TargetState(previous.target, previous.ports)
+    """The state if there is no such container: the ports and the ID of the last one stay."""
+    return TargetState(previous.target, previous.ports, container=previous.container)
 
 
-def needs_drivers(document: Document, own_networks: OwnNetworks, network: str) -> bool:
-    """Whether drivers decide: from the host, an address on an overlay or macvlan network is no use."""
-    return own_networks.host and not network and len(attachments(document)) > 1
+def networks_in_question(document: Document, own_networks: OwnNetworks) -> tuple[Attachment, ...]:
+    """The networks whose driver and gateway decide; `document` is the network's owner.
+
+    From the host: all of the target's, unless it is on the default one only, with the host as its gateway.
+    From a container: its own, if the target is on the host network.
+    """
+    if not own_networks.host:
+        return own_networks.attachments if is_host_mode(document) else ()
+    places = attachments(document)
+    plain = all(
+        place.network in DEFAULT_NETWORKS and place.gateway in own_networks.addresses
+        for place in places
+    )
+    return () if plain else places
 
 
-def _address(
-    name: str,
-    document: Document,
-    own_networks: OwnNetworks,
-    *,
-    network: str,
-    network_owner: Document | None,
-    drivers: Mapping[str, str],
-) -> tuple[str, str]:
-    """An address and a problem, either of which may be empty."""
-    reference = network_owner_reference(document)
-    if reference is None:
-        return _own_address(name, document, own_networks, network, drivers)
-    problem = _owner_problem(document, reference, own_networks, network_owner)
-    if problem or network_owner is None:
-        return "", problem
-    owner_name = printable(container_name(network_owner))
-    return _own_address(owner_name, network_owner, own_networks, network, drivers)
-
-
-def _own_address(
+def _addresses(
     name: str,
     document: Document,
     own_networks: OwnNetworks,
     network: str,
-    drivers: Mapping[str, str],
-) -> tuple[str, str]:
-    """The address and the problem of container `name`, which uses no other container's network."""
+    networks: Mapping[str, Network],
+) -> tuple[tuple[str, ...], str]:
+    """The addresses of container `name`, best first, and a problem. Either may be empty.
+
+    The container uses no other container's network.
+    """
     if is_host_mode(document):
-        return _host_address(own_networks)
+        return _host_addresses(own_networks, networks)
     places = attachments(document)
     if not places:
-        mode = printable(text(section(document, "HostConfig"), "NetworkMode")) or "unknown"
-        return "", (
-            f"is on no network (network mode {mode}), so nothing can reach it:"
-            f" docker network connect NETWORK {name}"
-        )
+        return (), _no_network_problem(name, document)
     if network:
-        return _chosen_address(name, places, network, own_networks)
+        return _chosen_addresses(name, places, network, own_networks, networks)
     if own_networks.host:
-        return _address_from_host(name, places, drivers)
-    shared = [a for a in places if any(a.same_network(own) for own in own_networks.attachments)]
+        return _addresses_from_host(name, places, own_networks, networks)
+    shared = _shared(places, own_networks)
     if shared:
-        return _first_address(shared), ""
-    return "", (
+        return _known(shared), ""
+    return (), (
         f"shares no network with the ambassador: it is on {_names(places)}, the ambassador on"
         f" {_names(own_networks.attachments)}: docker network connect NETWORK {name}, or AMBASSADOR"
     )
 
 
+def _no_network_problem(name: str, document: Document) -> str:
+    mode = printable(text(section(document, "HostConfig"), "NetworkMode")) or "unknown"
+    problem = f"is on no network (network mode {mode}), so nothing can reach it"
+    if mode.partition(":")[0] in ("pasta", "slirp4netns"):
+        # Podman cannot connect such a container to a network later.
+        return (
+            f"{problem}: start it on a bridge network, podman run --network podman;"
+            " a pod with podman pod create --network podman"
+        )
+    return f"{problem}: docker network connect NETWORK {name}"
+
+
 def _owner_problem(
-    document: Document, reference: str, own_networks: OwnNetworks, network_owner: Document | None
+    document: Document,
+    own_networks: OwnNetworks,
+    owners: Sequence[Document | None],
+    joins: Sequence[Join],
 ) -> str:
     """Why the network that the container shares cannot be reached; "" if it can."""
-    if network_owner is None or not is_target(network_owner, reference):
-        return f"uses the network of container {printable(reference)[:12]}, which is gone: re-create it"
-    name = printable(container_name(network_owner))
-    if own_networks.network_owner and own_networks.network_owner == container_id(network_owner):
-        return "shares the ambassador's own network, where its ports are taken: give either its own"
-    if network_owner_reference(network_owner) is not None:
-        return f"uses the network of {name}, which uses another's in turn: join that one directly"
-    if not is_running(network_owner):
-        return f"uses the network of container {name}, which is not running: start {name} first"
-    if started_after(network_owner, document):
-        # A restart makes a new network namespace. A container that joined the old one stays there, and
-        # the new address would lead to another program.
-        return (
-            f"uses the network that container {name} had before its restart: restart this one too"
-        )
+    member = document
+    for index, owner in enumerate(owners or (None,)):
+        reference = network_owner_reference(member) or ""
+        if owner is None or not is_target(owner, reference):
+            of = printable(reference)[:12]
+            return f"uses the network of container {of}, which is gone: re-create it"
+        name = printable(container_name(owner))
+        if own_networks.network_owner and own_networks.network_owner == container_id(owner):
+            return "shares the ambassador's own network, where its ports are taken: give either its own"
+        if not is_running(owner):
+            return f"uses the network of container {name}, which is not running: start {name} first"
+        if joins[index].stale:
+            whom = "this one" if index == 0 else printable(container_name(member))
+            return (
+                f"uses the network that container {name} had before its restart: restart {whom} too"
+            )
+        member = owner
+    if network_owner_reference(member) is not None:
+        return f"uses the network of {len(owners)} containers in turn: join the last one directly"
     return ""
 
 
-def _host_address(own_networks: OwnNetworks) -> tuple[str, str]:
+def _host_addresses(
+    own_networks: OwnNetworks, networks: Mapping[str, Network]
+) -> tuple[tuple[str, ...], str]:
+    """The host's addresses on the ambassador's networks, the default one first.
+
+    The gateway of a network is the host only if the network is a bridge and the gateway is the bridge's own:
+    a macvlan's is a router, and a bridge can be given one too.
+    """
     if own_networks.host:
-        return "", "is on the ambassador's own host network: connect to it without the ambassador"
-    for own in own_networks.attachments:
-        if own.gateway:
-            return own.gateway, ""
-    return "", (
-        "is on the host network, and the ambassador's own networks"
-        f" ({_names(own_networks.attachments)}) have no gateway:"
-        " docker network connect bridge AMBASSADOR"
+        return (), "is on the ambassador's own host network: connect to it without the ambassador"
+    own = sorted(own_networks.attachments, key=_default_first)
+    found = tuple(place.gateway for place in own if _is_gateway_the_host(place, networks))
+    if found:
+        return found, ""
+    return (), (
+        "is on the host network, and the host is not known to be the gateway of the ambassador's own"
+        f" networks ({_names(own_networks.attachments)}): docker network connect bridge AMBASSADOR"
     )
 
 
-def _chosen_address(
-    name: str, places: tuple[Attachment, ...], network: str, own_networks: OwnNetworks
-) -> tuple[str, str]:
-    for place in places:
-        if network in (place.network, place.network_id):
-            here = own_networks.host or any(
-                place.same_network(own) for own in own_networks.attachments
-            )
-            if here:
-                return place.address, ""
-            return place.address, (
-                f"is on network {printable(network)} of -network, but the ambassador is not:"
-                f" docker network connect {printable(network)} AMBASSADOR"
-            )
-    return "", (
-        f"is not on network {printable(network)} of -network, but on {_names(places)}:"
-        f" docker network connect {printable(network)} {name}"
+def _is_gateway_the_host(place: Attachment, networks: Mapping[str, Network]) -> bool:
+    network = _network(place, networks)
+    if not place.gateway:
+        return False
+    if network is None:  # the list may be forbidden; a default network is a bridge
+        return place.network in DEFAULT_NETWORKS
+    if network.driver != "bridge":
+        return False
+    return place.gateway in network.gateways or not (network.gateways or network.router)
+
+
+def _chosen_addresses(
+    name: str,
+    places: tuple[Attachment, ...],
+    network: str,
+    own_networks: OwnNetworks,
+    networks: Mapping[str, Network],
+) -> tuple[tuple[str, ...], str]:
+    """As `_addresses`, of those of `places` that -network names."""
+    chosen = tuple(place for place in places if place.is_named(network))
+    if not chosen:
+        return (), (
+            f"is not on network {printable(network)} of -network, but on {_names(places)}:"
+            f" docker network connect {printable(network)} {name}"
+        )
+    if own_networks.host:
+        addresses, problem = _addresses_from_host(name, chosen, own_networks, networks)
+        # The user may know of a route to it. To a rootless Engine's networks there is none.
+        return (addresses if own_networks.rootless else _known(chosen)), problem
+    if _shared(chosen, own_networks):
+        return _known(chosen), ""
+    return _known(chosen), (
+        f"is on network {printable(network)} of -network, but the ambassador is not:"
+        f" docker network connect {printable(network)} AMBASSADOR"
     )
 
 
-def _address_from_host(
-    name: str, places: tuple[Attachment, ...], drivers: Mapping[str, str]
-) -> tuple[str, str]:
-    def driver(place: Attachment) -> str:
-        # Most networks are bridges. The list of networks may be forbidden, or not needed.
-        return drivers.get(place.network_id) or drivers.get(place.network) or "bridge"
-
-    bridges = [place for place in places if driver(place) == "bridge"]
+def _addresses_from_host(
+    name: str,
+    places: tuple[Attachment, ...],
+    own_networks: OwnNetworks,
+    networks: Mapping[str, Network],
+) -> tuple[tuple[str, ...], str]:
+    """From the host: an address of another network may be anybody's."""
+    with_address = tuple(place for place in places if place.address)
+    if not with_address:
+        return (), ""
+    if own_networks.rootless:
+        return (), (
+            f"is on {_names(places)} of a rootless Engine, which the host cannot reach:"
+            " run the ambassador as a container on that network"
+        )
+    bridges = tuple(place for place in with_address if _is_bridge(place, networks))
     if not bridges:
-        return "", (
+        return (), (
             f"is only on {_names(places)}, which the host cannot reach:"
             f" docker network connect bridge {name}"
         )
-    bridges.sort(key=lambda a: (a.network not in DEFAULT_NETWORKS, a.network))
-    return _first_address(bridges), ""
+    reached = [place for place in bridges if _has_host(place, own_networks, networks)]
+    if reached:
+        return _known(sorted(reached, key=_default_first)), ""
+    if own_networks.unknown:
+        return (), (
+            f"is on {_names(places)} of an Engine that does not know the ambassador's container:"
+            " run the ambassador as a container of that Engine"
+        )
+    return (), (
+        f"is on {_names(places)}, where the host has no address:"
+        " run the ambassador as a container on that network"
+    )
 
 
-def _first_address(places: Iterable[Attachment]) -> str:
-    return next((place.address for place in places if place.address), "")
+def _is_bridge(place: Attachment, networks: Mapping[str, Network]) -> bool:
+    network = _network(place, networks)
+    return network is None or network.driver in ("", "bridge")
+
+
+def _has_host(
+    place: Attachment, own_networks: OwnNetworks, networks: Mapping[str, Network]
+) -> bool:
+    """Whether an own interface has the network's gateway address. A container may have another gateway."""
+    network = _network(place, networks)
+    gateways = {place.gateway, *(network.gateways if network is not None else ())}
+    return not own_networks.addresses.isdisjoint(gateways)
+
+
+def _network(place: Attachment, networks: Mapping[str, Network]) -> Network | None:
+    return networks.get(place.network_id or place.network)  # another may have had the name before
+
+
+def _shared(places: tuple[Attachment, ...], own_networks: OwnNetworks) -> tuple[Attachment, ...]:
+    return tuple(
+        place
+        for place in places
+        if any(place.same_network(own) for own in own_networks.attachments)
+    )
+
+
+def _default_first(place: Attachment) -> tuple[bool, str]:
+    return place.network not in DEFAULT_NETWORKS, place.network
+
+
+def _known(places: Sequence[Attachment]) -> tuple[str, ...]:
+    return tuple(place.address for place in places if place.address)
 
 
 def _names(places: tuple[Attachment, ...]) -> str:

@@ -14,29 +14,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ambassador.backoff import Backoff
 from ambassador.discovery.documents import (
+    Attachment,
+    Network,
     container_id,
-    drivers_of,
     exposed_ports,
     is_id_prefix,
     is_running,
     is_target,
     microseconds,
     network_owner_reference,
+    networks_of,
+    owners_of,
     started_at,
 )
 from ambassador.discovery.events import Subject
 from ambassador.discovery.inspect_thread import InspectThread
+from ambassador.discovery.joins import Join, joins_of
 from ambassador.discovery.own_networks import OwnNetworks
 from ambassador.discovery.target_address import (
     absent_state,
     awaits_address,
     keep_ports,
-    needs_drivers,
+    networks_in_question,
     no_address_problem,
     target_state,
 )
@@ -101,7 +105,9 @@ class TargetWatcher:
         self._state = TargetState(target)
         self._died_during_inspect = False
         self._container = ""
-        self._ids: frozenset[str] = frozenset()  # of the container, and of its network's owner
+        self._ids: frozenset[str] = frozenset()  # of the container, and of its network's owners
+        self._joins: tuple[Join, ...] = ()
+        self._networks: Mapping[str, Network] = {}
         self._retries = 0
         self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
         self._failures = 0
@@ -184,25 +190,23 @@ class TargetWatcher:
         if document is None:
             self._ids, self._container = frozenset(), ""
             return _Answer(absent_state(self._state))
-        owner = None
-        ids = {document.get("Id")}
-        reference = network_owner_reference(document)
-        if reference is not None:
-            owner = self._inspect(engine, reference)
-            ids |= {reference, owner.get("Id") if owner is not None else None}
-        self._ids = frozenset(i for i in ids if isinstance(i, str) and i)
+        owners = owners_of(document, lambda reference: self._inspect(engine, reference))
+        known = [each for each in (document, *owners) if each is not None]
+        ids = {container_id(each) for each in known}
+        ids |= {network_owner_reference(each) or "" for each in known}
+        self._ids = frozenset(ids - {""})
+        self._joins = joins_of(document, owners, self._joins)
         own_networks = self._own_networks()
-        drivers: Mapping[str, str] = {}
-        if needs_drivers(owner or document, own_networks, self._network):
-            drivers = self._drivers(engine)
         self._log_skipped(exposed_ports(document).skipped)
         state = target_state(
             self.target,
             document,
             own_networks,
             network=self._network,
-            network_owner=owner,
-            drivers=drivers,
+            owners=owners,
+            joins=self._joins,
+            networks=self._known_networks(engine, networks_in_question(known[-1], own_networks)),
+            previous=self._state.replicas,
         )
         former, self._container = self._container, container_id(document)
         if self._container == former:
@@ -223,13 +227,22 @@ class TargetWatcher:
             return None
         return document if is_target(document, name) else None
 
-    def _drivers(self, engine: Engine) -> Mapping[str, str]:
+    def _known_networks(
+        self, engine: Engine, places: Sequence[Attachment]
+    ) -> Mapping[str, Network]:
+        """What is known of `places`. Nothing of it changes, so a network with an ID is asked for once.
+
+        Podman has the name where Docker has the ID, and another network can take over a name.
+        """
+        ids = [place.network_id for place in places]
+        if all(is_id_prefix(each) and each in self._networks for each in ids):
+            return self._networks
         try:
-            return drivers_of(engine.networks())
+            self._networks = networks_of(engine.networks())
         except EngineError as error:  # a socket proxy may forbid it
             fields = {"error": str(error)}
-            self._log.debug("networks not listed, assuming bridges", extra={"fields": fields})
-            return {}
+            self._log.debug("networks not listed", extra={"fields": fields})
+        return self._networks
 
     def _publish(self, state: TargetState) -> None:
         with self._lock:

@@ -53,5 +53,8 @@ class Engine(Protocol):
     def networks(self) -> list[Any]:
         """The documents of all networks."""
 
+    def info(self) -> Document:
+        """What the Engine says of itself (GET /info), which a proxy may forbid."""
+
     def close(self) -> None:
         """Close the connections that are not in use."""

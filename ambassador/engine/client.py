@@ -183,6 +183,10 @@ class DockerEngine:
         networks: object = _call("GET /networks", self._where, self._client.networks)
         return networks if isinstance(networks, list) else []
 
+    def info(self) -> Mapping[str, Any]:
+        info: object = _call("GET /info", self._where, self._client.info)
+        return info if isinstance(info, Mapping) else {}
+
     def close(self) -> None:
         self._client.close()
 

@@ -1,4 +1,4 @@
-"""What the operating system says of processes and ports. The only importer of psutil."""
+"""What the operating system says of processes, ports and interfaces. The only importer of psutil."""
 
 from __future__ import annotations
 
@@ -87,6 +87,17 @@ def _taken_ports() -> dict[tuple[Protocol, int], list[tuple[str, int | None]]]:
     except (psutil.Error, OSError):
         pass
     return taken
+
+
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this network namespace's interfaces, in their shortest form, without zones."""
+    try:
+        entries = [each for listed in psutil.net_if_addrs().values() for each in listed]
+    except (psutil.Error, OSError):
+        return frozenset()
+    families = (socket.AF_INET, socket.AF_INET6)
+    texts = (each.address.partition("%")[0] for each in entries if each.family in families)
+    return frozenset(str(ipaddress.ip_address(each)) for each in texts)
 
 
 def _overlaps(listen: ListenAddress, address: str) -> bool:

@@ -13,12 +13,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ambassador.discovery.docker_source import DockerSource
 from ambassador.engine.client import connect_engine
+from ambassador.system.processes import own_addresses
 from tests.support.endpoints import PORT, Caller, Conversation, greet, is_greeted_by
 from tests.support.engine import Stage, lines_with, run_server, wait_until_accepts
 from tests.support.net import Namespace, free_port, linked
@@ -27,7 +29,7 @@ from tests.support.processes import descendants, workers_of
 from tests.support.program import Program
 from tests.support.proxy import GET_ONLY, EngineProxy
 from tests.support.wait import wait_until
-from tests.unit.fake_engine import Log, address_of
+from tests.unit.fake_engine import ON_HOST, Log, address_of
 
 HERE = "127.0.0.1"
 QUICK_S = 1.0
@@ -94,7 +96,7 @@ def test_half_open_event_stream(stage: Stage) -> None:
             log=log.logger(),
             ping_every=QUICK_S,
             reconcile_every=600,
-            own_id=lambda: None,
+            place=replace(ON_HOST, addresses=own_addresses),
         )
         try:
             with followed(discovery):
@@ -170,7 +172,7 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
             log=log.logger(),
             ping_every=QUICK_S,
             reconcile_every=QUICK_S,
-            own_id=lambda: None,
+            place=replace(ON_HOST, addresses=own_addresses),
         )
         with followed(discovery):
             wait_until(lambda: address_of(discovery) == db.address(), "its address")

@@ -54,14 +54,17 @@ def test_target_leaves_its_network_and_returns(stage: Stage) -> None:
         stage.docker("network", "connect", network, db.name)
         assert held.greeting() == ("db", db.address(network))
     assert db.is_running()
-    backends = re.findall(r"backend=(\S+)", ambassador.logs())
-    assert len(backends) == 3, backends
-    for backend in backends:
+
+    def backends() -> list[str]:
+        return re.findall(r"backend=(\S+)", ambassador.logs())
+
+    wait_until(lambda: len(backends()) == 3, "three lines")
+    for backend in backends():
         assert backend == "none" or ipaddress.ip_address(backend.partition(":")[0])
 
 
 def test_several_networks(stage: Stage) -> None:
-    """C9: the choice is the first by name, the same after a restart, and -network overrules it."""
+    """C9: a run keeps the first address; a new run has the first by name; -network overrules it."""
     second, first = stage.network("b"), stage.network("a")  # made and joined in the other order
     db = run_server(stage, "db", TCP, flags=f"--network={second}")
     stage.docker("network", "connect", first, db.name)
@@ -77,7 +80,7 @@ def test_several_networks(stage: Stage) -> None:
     for address in (host, other):
         wait_until_accepts(address)
 
-    wait_until_reached_at(host, db.address(first))
+    assert reached_at(host) == db.address("bridge")  # what was shared first
     wait_until_reached_at(other, db.address(second))
     db.restart()
     wait_until_reached_at(host, db.address(first))
@@ -90,7 +93,7 @@ def test_several_networks(stage: Stage) -> None:
         assert old.ending() == "reset"
         wait_until_reached_at(host, db.address(second))
         stage.docker("network", "connect", first, db.name)
-        wait_until_reached_at(host, db.address(first))
+        assert reached_at(host) == db.address(second)
         assert unconcerned.ask(b"still here") == b"still here"
 
 
@@ -142,6 +145,39 @@ def test_target_on_the_host_network(stage: Stage) -> None:
         assert held.greeting()[0] == "db"
 
 
+def test_another_network_resets_nothing(stage: Stage) -> None:
+    """C9: the target's way stays as it is, also if the new network comes first by name."""
+    kept, first = stage.network("z"), stage.network("a")
+    db = run_server(stage, "db", TCP, flags=f"--network={kept}")
+    ambassador, host = run_ambassador(stage, "-name", db.name, network=kept)
+    stage.docker("network", "connect", first, ambassador.name)
+    with Conversation(host) as old:
+        assert old.greeting() == ("db", db.address(kept))
+        stage.docker("network", "connect", first, db.name)
+        assert old.is_held(1.0)
+    assert reached_at(host) == db.address(kept)
+    db.restart()  # a new run chooses anew
+    wait_until_reached_at(host, db.address(first))
+
+
+def test_the_gateway_may_be_a_stranger(stage: Stage) -> None:
+    """C10: another machine is the gateway of the first network; the host is that of the second."""
+    port, number = free_port(), random.randrange(16, 200)
+    lan = stage.network(
+        "a",
+        f"--subnet=10.{number}.1.0/24",
+        f"--aux-address=DefaultGatewayIPv4=10.{number}.1.50",
+    )
+    bridge = stage.network("b", f"--subnet=10.{number}.2.0/24")
+    db = run_server(stage, "db", f"{port}/tcp", flags="--network=host")
+    ambassador = stage.run_ambassador("-name", db.name, flags=f"--network={lan}")
+    ambassador.wait_for_log("host is not known to be the gateway")
+    stage.docker("network", "connect", bridge, ambassador.name)
+    host = ambassador.address(bridge)
+    wait_until_accepts(host, port)
+    assert greet(host, port) == "db"
+
+
 def test_ambassador_on_the_host_network(stage: Stage) -> None:
     """C10: it listens on this machine, and says so where the target does the same."""
     port = free_port()
@@ -185,6 +221,29 @@ def test_target_in_the_network_of_another(stage: Stage) -> None:
             db.restart()
             assert held.greeting() == ("db", owner.address())
         db.remove()
+    finally:
+        stage.docker("rmi", "--force", image)
+
+
+def test_target_in_a_chain_of_others(stage: Stage) -> None:
+    """C10: `container:X` where X is `container:Y`."""
+    owner = run_server(stage, "owner", "7001/tcp")
+    image = stage.name("image")
+    stage.docker("commit", "--change", f"EXPOSE {TCP}", owner.name, image)
+    try:
+        middle = stage.run(
+            "middle",
+            image,
+            *server_command("middle", ["7002/tcp"]),
+            flags=f"--network=container:{owner.name}",
+        )
+        db = stage.run(
+            "db", image, *server_command("db", [TCP]), flags=f"--network=container:{middle.name}"
+        )
+        _, host = run_ambassador(stage, "-name", db.name)
+        assert greet(host) == "db"
+        db.remove()
+        middle.remove()
     finally:
         stage.docker("rmi", "--force", image)
 

@@ -20,7 +20,7 @@ from ambassador import _control
 from ambassador.cli.arguments import MissingName, UsageError
 from ambassador.cli.main import parse_arguments
 from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, Update, pack
-from ambassador.discovery import documents, own_networks, target_address
+from ambassador.discovery import documents, joins, own_networks, target_address
 from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
 from ambassador.model import ListenerSpec, TargetState
 from ambassador.options import ListenerOptions
@@ -135,16 +135,17 @@ def document(data: bytes) -> None:
     shared = own_networks.own_networks_of(read, read)
     for ours in (own_networks.OwnNetworks(), own, shared):
         for network in ("", "bridge"):
-            for owner in (None, read):
+            for owners in ((), (None,), (read,), (read, read)):
                 state = target_address.target_state(
-                    "web\n", read, ours, network=network, network_owner=owner
+                    "web\n", read, ours, network=network, owners=owners
                 )
                 _check_state(state)
                 _check_state(target_address.keep_ports(state, target_address.absent_state(state)))
                 target_address.awaits_address(read, state)
     documents.is_target(read, "web")
-    target_address.needs_drivers(read, own, "")
-    documents.started_after(read, read)
+    target_address.networks_in_question(read, own)
+    joins.joins_of(read, documents.owners_of(read, lambda _: read))
+    documents.is_rootless(read)
 
 
 def _check_state(state: TargetState) -> None:
@@ -164,9 +165,9 @@ def networks(data: bytes) -> None:
     """The list of networks; from the host it decides which address is chosen."""
     read = _json(data)
     if isinstance(read, list):
-        drivers = documents.drivers_of(read)
-        assert "" not in drivers
-        assert all(isinstance(word, str) for pair in drivers.items() for word in pair)
+        found = documents.networks_of(read)
+        assert "" not in found
+        assert all(isinstance(each.driver, str) for each in found.values())
 
 
 def own_id(data: bytes) -> None:

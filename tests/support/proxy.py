@@ -22,7 +22,7 @@ from typing import Self
 
 GET_ONLY = re.compile(
     r"GET (/v1\.\d+)?"
-    r"(/_ping|/version|/events\?\S*|/containers/[^/ ]+/json|/networks(\?filters=%7B%7D)?) HTTP/1\.1"
+    r"(/_ping|/version|/events\?\S*|/containers/[^/ ]+/json|/networks(\?filters=%7B%7D)?|/info) HTTP/1\.1"
 )
 """What docs/design.md says that the ambassador asks, and docs/security.md tells a proxy to allow."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from ambassador.discovery.docker_source import DockerSource
-from tests.unit.fake_engine import Log, Start, World, settle, until
+from ambassador.discovery.own_networks import OwnPlace
+from tests.unit.fake_engine import ON_HOST, Log, Start, World, settle, until
 
 
 @pytest.fixture
@@ -30,8 +32,11 @@ def start(world: World, log: Log) -> Iterator[Start]:
             "on_change": lambda: None,
             "log": log.logger(),
             "debounce": 0.002,
-            "own_id": lambda: None,
         }
+        if "own_id" in changes:
+            changes["container_id"] = changes.pop("own_id")
+        named = {each.name for each in fields(OwnPlace)} & changes.keys()
+        settings["place"] = replace(ON_HOST, **{name: changes.pop(name) for name in named})
         made = DockerSource(world.connect, targets, **(settings | changes))
         started.append(made)
         made.start()

@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from ambassador.discovery.docker_source import DockerSource
+from ambassador.discovery.own_networks import OwnPlace
 from ambassador.engine.api import EngineError, NoSuchContainer
 from ambassador.model import ListenAddress
 from ambassador.values import Protocol
 
 DOCUMENTS = json.loads((Path(__file__).parent / "documents" / "engine-20.10.json").read_text())
 REDIS = {ListenAddress(Protocol.TCP, 6379): 6379}
+GATEWAYS = frozenset({"172.29.0.1", "172.30.0.1", "172.30.5.1", "fd00:5::1"})
+"""The bridges' addresses in DOCUMENTS: whoever has them is on their host."""
+
+ON_HOST = OwnPlace(
+    container_id=lambda: None,
+    short_id=lambda: "",
+    in_container=lambda: False,
+    addresses=lambda: GATEWAYS,
+)
+
 GONE = EngineError("nobody listens on /x.sock", retry_is_cheap=True)
 
 
@@ -53,6 +64,7 @@ class World:
         self.failure: EngineError | None = None  # of connecting
         self.ping_failure: EngineError | None = None
         self.network_list: Any = []
+        self.info: Any = {}
         self.calls: list[str] = []
         self.connects: list[float] = []
         self.streams: list[FakeStream] = []
@@ -102,6 +114,12 @@ class FakeEngine:
         if isinstance(self.world.network_list, EngineError):
             raise self.world.network_list
         return self.world.network_list
+
+    def info(self) -> Any:
+        self.world.calls.append("info")
+        if isinstance(self.world.info, EngineError):
+            raise self.world.info
+        return self.world.info
 
     def close(self) -> None:
         self.world.closed += 1

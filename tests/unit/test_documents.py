@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ambassador.discovery.documents import (
+    Network,
     attachments,
-    drivers_of,
     exposed_ports,
+    is_podman,
+    is_rootless,
     is_running,
     is_target,
     network_owner_reference,
+    networks_of,
     started_after,
 )
 from ambassador.discovery.own_networks import own_networks_of
@@ -177,7 +180,14 @@ def test_attachments_put_the_default_network_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "10.0.0.1/24", "0.0.0.0", "::", "host", "1.2.3.4\n", None, 7]
+    "address",
+    [
+        *("", "10.0.0.1/24", "0.0.0.0", "::", "host", "1.2.3.4\n", None, 7),
+        *("fe80::1%eth0", "fe80::1%2", "fe80::1%9999999999999", "fd00::1%eth0", "fe80::1"),
+        *("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "0.1.2.3", "::ffff:0.0.0.0"),
+        *("224.0.0.1", "239.255.255.255", "ff02::1", "240.0.0.1", "255.255.255.255"),
+        "::ffff:224.0.0.1",
+    ],
 )
 def test_an_address_is_a_literal_or_nothing(address: object) -> None:
     document = {"NetworkSettings": {"Networks": {"net": {"IPAddress": address}}}}
@@ -193,13 +203,58 @@ def test_old_podman_fills_the_top_level_only() -> None:
     assert (place.address, place.gateway) == ("10.88.0.6", "10.88.0.1")
 
 
-def test_drivers() -> None:
-    networks = json.loads((DOCUMENTS / "networks-20.10.json").read_text())
-    drivers = drivers_of(networks)
-    back = next(n for n in networks if n["Name"] == "back")
-    assert drivers["back"] == drivers[back["Id"]] == "bridge"
-    assert drivers["none"] == "null"
-    assert drivers_of([None, 3, {}, {"Id": 4, "Driver": "x"}]) == {}
+def test_networks() -> None:
+    listed = json.loads((DOCUMENTS / "networks-20.10.json").read_text())
+    found = networks_of(listed)
+    back = next(n for n in listed if n["Name"] == "back")
+    assert found["back"].driver == found[back["Id"]].driver == "bridge"
+    assert found["none"].driver == "null"
+    assert networks_of([None, 3, {}, {"Id": 4, "Driver": "x"}]) == {}
+
+
+INHIBITED = {"com.docker.network.bridge.inhibit_ipv4": "true"}
+
+
+@pytest.mark.parametrize(
+    ("ipam", "options", "gateways", "router"),
+    [
+        ({"Config": [{"Subnet": "10.0.0.0/24", "Gateway": "10.0.0.1"}]}, {}, {"10.0.0.1"}, False),
+        ({"Config": [{"Gateway": "10.0.0.1/24"}]}, {}, {"10.0.0.1"}, False),
+        (
+            {"Config": [{"Gateway": "10.0.0.1"}, {"Gateway": "FD00::1"}]},
+            {},
+            {"10.0.0.1", "fd00::1"},
+            False,
+        ),
+        ({"Config": [{"Gateway": "127.0.0.1"}, {"Gateway": 7}, 3, {}]}, {}, set(), False),
+        ({"Config": None}, {}, set(), False),
+        ([], {}, set(), False),
+        # The gateway is another machine on the bridge.
+        ({"Config": [{"Gateway": "10.0.0.1"}]}, INHIBITED, set(), True),
+        ({"Config": [{"AuxiliaryAddresses": {"DefaultGatewayIPv4": "10.0.0.5"}}]}, {}, set(), True),
+        ({"Config": [{"AuxiliaryAddresses": {"printer": "10.0.0.5"}}]}, {}, set(), False),
+    ],
+)
+def test_the_gateways_of_a_network(
+    ipam: Any, options: Any, gateways: set[str], router: bool
+) -> None:
+    listed = [{"Id": "n", "Driver": "bridge", "IPAM": ipam, "Options": options}]
+    assert networks_of(listed)["n"] == Network("bridge", frozenset(gateways), router)
+
+
+@pytest.mark.parametrize(
+    ("info", "rootless", "podman"),
+    [
+        ({}, False, False),
+        ({"SecurityOptions": ["name=seccomp,profile=default", "name=cgroupns"]}, False, False),
+        ({"SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"]}, True, False),
+        ({"SecurityOptions": ["name=rootless"], "BuildahVersion": "1.42.0"}, True, True),
+        ({"SecurityOptions": "name=rootless"}, False, False),
+        ({"SecurityOptions": [None, 3]}, False, False),
+    ],
+)
+def test_info(info: dict[str, Any], rootless: bool, podman: bool) -> None:
+    assert (is_rootless(info), is_podman(info)) == (rootless, podman)
 
 
 # --- any JSON at all ---------------------------------------------------------------------------
@@ -219,7 +274,7 @@ JSON = st.recursive(
 @given(document=st.dictionaries(KEYS, JSON), own=st.none() | st.dictionaries(KEYS, JSON))
 def test_no_document_makes_it_raise(document: dict[str, Any], own: dict[str, Any] | None) -> None:
     own_networks = own_networks_of(own)
-    state = target_state("web", document, own_networks, network_owner=own)
+    state = target_state("web", document, own_networks, owners=(own,))
     assert state.target == "web"
     assert "\n" not in state.problem
     is_target(document, "web")

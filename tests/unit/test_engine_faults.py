@@ -17,7 +17,17 @@ import pytest
 from ambassador.discovery.docker_source import DockerSource
 from ambassador.discovery.events import MAX_RECORD
 from ambassador.engine.client import connect_engine
-from tests.unit.fake_engine import Log, Start, World, address_of, container, event, settle, until
+from tests.unit.fake_engine import (
+    ON_HOST,
+    Log,
+    Start,
+    World,
+    address_of,
+    container,
+    event,
+    settle,
+    until,
+)
 from tests.unit.test_engine import Handler, Server, says, server, usual_answers
 
 __all__ = ["server"]  # the fixture
@@ -117,7 +127,7 @@ def source_of(server: Server, log: Log) -> DockerSource:
         on_change=lambda: None,
         log=log.logger(),
         debounce=0.0,
-        own_id=lambda: None,
+        place=ON_HOST,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ambassador.discovery.documents import container_id
-from ambassador.discovery.own_networks import own_container_id, own_networks_of
+from ambassador.discovery.own_networks import own_container_id, own_networks_of, own_short_id
 from ambassador.engine.api import EngineError
 from tests.unit.fake_engine import (
     DOCUMENTS,
@@ -83,6 +83,9 @@ MOUNT = "424 407 254:0 {root} {point} rw,relatime - ext4 /dev/vda rw\n"
             ID,
         ),
         (MOUNT.format(root=f"/containers/{ID}/hosts", point="/etc/hosts"), "", ID),
+        # The directory of the containers is a file system of its own.
+        (MOUNT.format(root=f"/{ID}/hostname", point="/etc/hostname"), "0::/\n", ID),
+        (MOUNT.format(root=f"/volumes/{ID}/hostname", point="/etc/hostname"), "0::/\n", None),
         (
             MOUNT.format(
                 root=f"/containers/storage/overlay-containers/{ID}/userdata/hostname",
@@ -153,9 +156,108 @@ def test_own_networks_decide_and_own_events_refresh_them(world: World, start: St
     assert world.inspects(own["Id"]) == 2
 
 
-def test_the_engine_of_another_host_gives_the_hosts_view(world: World, start: Start) -> None:
+def test_an_engine_that_does_not_know_the_own_container(
+    world: World, start: Start, log: Log
+) -> None:
+    """It can be that of the host whose network this container uses, or any other."""
     world.containers["web"] = container("web")
     assert address_of(start("web", own_id=lambda: "9" * 64)) == "10.0.0.2"
+    (line,) = log.having("own container not found")
+    assert line.startswith("WARNING") and "-sock" in line
+    source = start("web", own_id=lambda: "9" * 64, addresses=lambda: frozenset({"172.17.0.3"}))
+    assert address_of(source) is None
+    assert "does not know the ambassador's container" in source.targets()[0].problem
+
+
+def test_a_gateway_that_comes_later_counts(world: World, start: Start) -> None:
+    """A bridge gets its address with its network: no event of the own container tells."""
+    world.containers["web"] = container("web")
+    addresses: set[str] = set()
+    source = start("web", addresses=lambda: frozenset(addresses))
+    assert "where the host has no address" in source.targets()[0].problem
+    addresses.add("172.29.0.1")
+    world.send(event("web"))
+    until(lambda: address_of(source) == "10.0.0.2")
+
+
+ROOTLESS = {"SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"]}
+ON_HOST = copy.deepcopy(DOCUMENTS["ambassador-host"])
+
+
+@pytest.mark.parametrize(
+    ("info", "own", "reached"),
+    [
+        ({}, None, True),
+        (EngineError("a proxy forbids it", status=403), None, True),
+        (EngineError("no answer in time"), None, True),
+        (ROOTLESS, None, False),
+        # In a container on the host network of a rootless Docker: that is where its bridges are.
+        (ROOTLESS, ON_HOST, True),
+        (ROOTLESS | {"BuildahVersion": "1.42.0"}, ON_HOST, False),
+    ],
+)
+def test_a_rootless_engine(world: World, start: Start, info: Any, own: Any, reached: bool) -> None:
+    world.containers["web"] = container("web")
+    world.info = info
+    if own is not None:
+        world.containers[own["Id"]] = own
+    source = start("web", own_id=lambda: own and own["Id"])
+    assert address_of(source) == ("10.0.0.2" if reached else None)
+    assert ("rootless" in source.targets()[0].problem) is not reached
+    assert world.calls.count("info") == 1
+
+
+def test_from_a_container_the_engine_is_not_asked_what_it_is(world: World, start: Start) -> None:
+    world.containers = {"web": on_bridge("web", "10.0.0.2"), OWN["Id"]: OWN}
+    world.info = ROOTLESS
+    assert address_of(start("web", own_id=lambda: OWN["Id"])) == "10.0.0.2"
+    assert world.calls.count("info") == 0
+
+
+# --- a container that does not say which it is ----------------------------------------------------
+
+
+def test_the_hostname_is_the_last_try(world: World, start: Start, log: Log) -> None:
+    world.containers = {"web": on_bridge("web", "10.0.0.2"), OWN["Id"][:12]: OWN, OWN["Id"]: OWN}
+    (place,) = own_networks_of(OWN).attachments
+    source = start(
+        "web",
+        short_id=lambda: OWN["Id"][:12],
+        in_container=lambda: True,
+        addresses=lambda: frozenset({place.address}),
+    )
+    assert address_of(source) == "10.0.0.2"
+    assert log.having("not found") == []
+    assert "'bridge'" in log.having("own networks")[0]
+    world.send(OWN_EVENT)
+    until(lambda: world.inspects(OWN["Id"]) == 1)
+
+
+def test_a_hostname_alone_proves_nothing(world: World, start: Start, log: Log) -> None:
+    """Another container's ID: its address is not here."""
+    world.containers = {"web": on_bridge("web", "10.0.0.2"), OWN["Id"][:12]: OWN}
+    source = start(
+        "web",
+        short_id=lambda: OWN["Id"][:12],
+        in_container=lambda: True,
+        addresses=lambda: frozenset({"192.168.0.9"}),
+    )
+    assert address_of(source) is None
+    (line,) = log.having("own container not found")
+    assert line.startswith("WARNING") and "/etc/hostname" in line
+
+
+def test_on_the_host_there_is_no_warning(world: World, start: Start, log: Log) -> None:
+    world.containers["web"] = container("web")
+    start("web")
+    assert log.having("not found") == []
+    assert "'host'" in log.having("own networks")[0]
+
+
+def test_a_short_id_is_a_hostname_of_twelve_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("0123456789ab", "0123456789ab"), ("web", ""), ("0123456789abc", "")):
+        monkeypatch.setattr("socket.gethostname", lambda name=name: name)
+        assert own_short_id() == expected
 
 
 def test_own_networks_stand_while_they_cannot_be_refreshed(world: World, start: Start) -> None:

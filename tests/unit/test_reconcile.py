@@ -122,6 +122,19 @@ def test_a_clash_goes_to_the_one_named_first_and_names_both(order: tuple[str, st
     assert f"both {order[0]} and {order[1]}" in problem
 
 
+def test_a_container_that_is_named_twice_is_one_target() -> None:
+    web, ident = (replace(target(name, REDIS), container="c" * 64) for name in ("web", "c" * 12))
+    other = replace(target("db", REDIS), container="d" * 64)
+    for away in (False, True):
+        states = [replace(each, replicas=()) if away else each for each in (web, ident)]
+        desired = merge(states, DEFAULTS)
+        assert (desired.listeners[REDIS].target, desired.problems) == ("web", ())
+    # Renamed away, "web" is nobody, and the ID is still followed.
+    desired = merge([replace(web, replicas=()), ident], DEFAULTS)
+    assert (desired.listeners[REDIS].target, desired.problems) == ("c" * 12, ())
+    assert len(merge([web, other, ident], DEFAULTS).problems) == 1
+
+
 def test_a_clash_is_settled_the_same_way_while_the_first_is_away() -> None:
     found = listeners(target("a", REDIS, address=None), target("b", REDIS))
     assert found == {REDIS: ListenerSpec(REDIS, "a", "-name", (), DEFAULTS)}

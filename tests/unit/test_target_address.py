@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ambassador.discovery.documents import Attachment
+from ambassador.discovery.documents import MAX_OWNERS, Attachment, Network, owners_of
 from ambassador.discovery.own_networks import OwnNetworks, own_networks_of
 from ambassador.discovery.target_address import (
     absent_state,
     awaits_address,
     keep_ports,
-    needs_drivers,
+    networks_in_question,
     no_address_problem,
     target_state,
 )
@@ -26,7 +27,15 @@ DOCUMENTS = Path(__file__).parent / "documents"
 DOCKERS = ("engine-20.10", "engine-26", "engine-29")
 ENGINES = (*DOCKERS, "podman-5")
 REDIS = {ListenAddress(Protocol.TCP, 6379): 6379}
-HOST = OwnNetworks()
+HOST = OwnNetworks(
+    addresses=frozenset(
+        (
+            *("172.29.0.1", "172.30.0.1", "172.30.5.1", "10.88.0.1", "10.89.0.1", "10.89.1.1"),
+            *("127.0.0.1", "fd00:5::1", "10.1.0.254", "10.2.0.254", "10.3.0.254"),
+        )
+    )
+)
+"""A host with the bridges of the documents and of NETWORKS."""
 
 Documents = dict[str, Any]
 
@@ -108,10 +117,19 @@ def test_an_empty_address_is_awaited(documents: Documents) -> None:
 
 
 def test_host_mode_from_the_host(documents: Documents) -> None:
-    for own_networks in (HOST, own_networks_of(documents["ambassador-host"])):
+    for own_networks in (HOST, OwnNetworks(), own_networks_of(documents["ambassador-host"])):
         state = target_state("it", documents["host"], own_networks)
         assert not state.replicas
         assert "own host network" in state.problem
+
+
+@pytest.mark.parametrize("mode", ["pasta", "slirp4netns", "slirp4netns:mtu=1500"])
+def test_podmans_rootless_default_is_told_what_works(documents: Documents, mode: str) -> None:
+    document = copy.deepcopy(documents["unplugged"])
+    document["HostConfig"]["NetworkMode"] = mode
+    problem = target_state("it", document, HOST).problem
+    assert f"network mode {mode}" in problem and "podman run --network podman" in problem
+    assert "docker network connect" not in problem
 
 
 @pytest.mark.parametrize("situation", ["none", "unplugged"])
@@ -136,9 +154,9 @@ def test_exposing_nothing_is_a_problem_with_an_address(documents: Documents) -> 
 
 
 NETWORKS = {
-    "zoo": {"NetworkID": "1" * 64, "IPAddress": "10.1.0.1"},
-    "bridge": {"NetworkID": "2" * 64, "IPAddress": "10.2.0.1"},
-    "alpha": {"NetworkID": "3" * 64, "IPAddress": "10.3.0.1"},
+    "zoo": {"NetworkID": "1" * 64, "IPAddress": "10.1.0.1", "Gateway": "10.1.0.254"},
+    "bridge": {"NetworkID": "2" * 64, "IPAddress": "10.2.0.1", "Gateway": "10.2.0.254"},
+    "alpha": {"NetworkID": "3" * 64, "IPAddress": "10.3.0.1", "Gateway": "10.3.0.254"},
 }
 
 
@@ -152,25 +170,82 @@ def on_networks(networks: dict[str, Any]) -> Documents:
     }
 
 
+ZOO, BRIDGE, ALPHA = (digit * 64 for digit in "123")
+
+
 @pytest.mark.parametrize(
     ("drivers", "address"),
     [
         ({}, "10.2.0.1"),  # nothing known: the default bridge first
-        ({"2" * 64: "overlay"}, "10.3.0.1"),  # then by name
-        ({"2" * 64: "overlay", "3" * 64: "macvlan"}, "10.1.0.1"),
-        ({"bridge": "overlay", "alpha": "ipvlan"}, "10.1.0.1"),  # known by name only
+        ({BRIDGE: "overlay"}, "10.3.0.1"),  # then by name
+        ({BRIDGE: "overlay", ALPHA: "macvlan"}, "10.1.0.1"),
+        ({"bridge": "overlay"}, "10.2.0.1"),  # another network, which had the name before
     ],
 )
 def test_from_the_host_a_bridge_is_chosen(drivers: dict[str, str], address: str) -> None:
-    state = target_state("it", on_networks(NETWORKS), HOST, drivers=drivers)
+    networks = {key: Network(driver) for key, driver in drivers.items()}
+    state = target_state("it", on_networks(NETWORKS), HOST, networks=networks)
     assert address_of(state) == address
 
 
 def test_from_the_host_no_bridge_is_a_problem() -> None:
-    drivers = dict.fromkeys(NETWORKS, "overlay")
-    state = target_state("it", on_networks(NETWORKS), HOST, drivers=drivers)
+    networks = dict.fromkeys((ZOO, BRIDGE, ALPHA), Network("overlay"))
+    state = target_state("it", on_networks(NETWORKS), HOST, networks=networks)
     assert not state.replicas
     assert "alpha, zoo, bridge" in state.problem
+
+
+@pytest.mark.parametrize(
+    ("gateway", "networks", "address"),
+    [
+        ("10.3.0.254", {}, "10.3.0.1"),
+        ("", {}, None),  # gateway mode isolated; or the list of networks is forbidden
+        ("10.3.0.253", {}, None),  # an Engine elsewhere, or a router
+        # The container's gateway is another machine, or none (--internal), and the bridge's own is here.
+        ("10.3.0.50", {ALPHA: Network("bridge", frozenset({"10.3.0.254"}))}, "10.3.0.1"),
+        ("", {ALPHA: Network("bridge", frozenset({"10.3.0.254"}))}, "10.3.0.1"),
+        ("", {ALPHA: Network("bridge", frozenset({"10.3.0.253"}))}, None),
+        # The host is the router of a LAN, and cannot reach its own macvlan.
+        ("10.3.0.254", {ALPHA: Network("macvlan", frozenset({"10.3.0.254"}))}, None),
+    ],
+)
+def test_from_the_host_only_a_network_with_the_host_as_gateway(
+    gateway: str, networks: dict[str, Network], address: str | None
+) -> None:
+    document = on_networks({"alpha": NETWORKS["alpha"] | {"Gateway": gateway}})
+    state = target_state("it", document, HOST, networks=networks)
+    assert [each.address for each in state.replicas] == ([address] if address else [])
+    assert bool(state.problem) is (address is None)
+    assert address or (state.problem.startswith("it is ") and "alpha" in state.problem)
+
+
+def test_an_engine_that_does_not_know_the_own_container() -> None:
+    """Another Engine's networks have the ranges of this one's, and its addresses are other containers'."""
+    elsewhere = OwnNetworks(unknown=True, addresses=frozenset({"172.17.0.3"}))
+    state = target_state("it", on_networks(NETWORKS), elsewhere)
+    assert not state.replicas
+    assert "does not know the ambassador's container" in state.problem
+    # In a container on the host's network the addresses hold.
+    on_host = OwnNetworks(unknown=True, addresses=HOST.addresses)
+    assert address_of(target_state("it", on_networks(NETWORKS), on_host)) == "10.2.0.1"
+
+
+@pytest.mark.parametrize("network", ["", "bridge"])
+def test_a_rootless_engines_networks_are_not_the_hosts(network: str) -> None:
+    """A rootful Engine beside it has the same gateway."""
+    rootless = OwnNetworks(addresses=HOST.addresses, rootless=True)
+    state = target_state("it", on_networks(NETWORKS), rootless, network=network)
+    assert not state.replicas
+    assert "rootless" in state.problem and "run the ambassador as a container" in state.problem
+
+
+@pytest.mark.parametrize("network", ["ingress", "docker_gwbridge"])
+def test_a_network_of_swarms_own_is_never_chosen(network: str) -> None:
+    networks = {network: {"NetworkID": "9" * 64, "IPAddress": "10.0.0.9"}, **NETWORKS}
+    own = tuple(Attachment(name, each["NetworkID"]) for name, each in networks.items())
+    within = OwnNetworks("b" * 64, "b" * 64, False, own)
+    del networks["alpha"]
+    assert address_of(target_state("it", on_networks(networks), within)) == "10.1.0.1"
 
 
 # --- from a container --------------------------------------------------------------------------
@@ -184,7 +259,6 @@ def test_from_the_host_no_bridge_is_a_problem() -> None:
         ("ambassador-user", "user-network", "172.30.0.2"),
         ("ambassador-user", "two-networks", "172.30.0.3"),
         ("ambassador-default", "host", "172.29.0.1"),
-        ("ambassador-user", "host", "172.30.0.1"),
     ],
 )
 def test_relayable_from_a_container(
@@ -225,6 +299,66 @@ def test_of_several_shared_networks_the_users_own_come_first_by_name() -> None:
     assert address_of(target_state("it", on_networks(without), own_networks)) == "10.1.0.1"
 
 
+AT_A = Attachment("a", "a" * 64, "10.78.1.2", "10.78.1.50")
+AT_B = Attachment("b", "b" * 64, "10.78.2.2", "10.78.2.1")
+AT_BRIDGE = Attachment("bridge", "c" * 64, "172.17.0.3", "172.17.0.1")
+A = {AT_A.network_id: Network("bridge", frozenset({"10.78.1.1"}))}
+B = {AT_B.network_id: Network("bridge", frozenset({"10.78.2.1"}))}
+
+
+@pytest.mark.parametrize(
+    ("own", "networks", "address"),
+    [
+        ([AT_A, AT_B], A | B, "10.78.2.1"),  # the gateway of a is another machine
+        ([AT_A], A, None),
+        ([AT_B], {}, None),  # the list of networks is forbidden
+        ([AT_B], {AT_B.network_id: Network("macvlan", frozenset({"10.78.2.1"}))}, None),
+        ([AT_B], {AT_B.network_id: Network("bridge", router=True)}, None),
+        ([AT_B], {AT_B.network_id: Network("bridge")}, "10.78.2.1"),  # the user gave a subnet only
+        ([AT_B, AT_BRIDGE], B, "172.17.0.1"),  # the default one first, a bridge also if not listed
+        ([AT_BRIDGE], {AT_BRIDGE.network_id: Network("bridge")}, "172.17.0.1"),
+    ],
+)
+def test_the_host_is_the_gateway_of_a_bridge_of_its_own(
+    documents: Documents,
+    own: list[Attachment],
+    networks: dict[str, Network],
+    address: str | None,
+) -> None:
+    within = OwnNetworks("b" * 64, "b" * 64, False, tuple(own))
+    state = target_state("it", documents["host"], within, networks=networks)
+    assert [each.address for each in state.replicas] == ([address] if address else [])
+    assert address or "docker network connect bridge AMBASSADOR" in state.problem
+    assert networks_in_question(documents["host"], within) == tuple(own)
+
+
+def test_the_address_in_use_stays_while_it_can_be_reached() -> None:
+    """Another network comes first by name, for the target or for the ambassador."""
+    zoo = {"zoo": NETWORKS["zoo"]}
+    both = tuple(Attachment(name, each["NetworkID"]) for name, each in NETWORKS.items())
+    within = OwnNetworks("b" * 64, "b" * 64, False, both)
+    first = target_state("it", on_networks(zoo), within).replicas
+    assert target_state("it", on_networks(NETWORKS), within, previous=first).replicas == first
+    # Another run chooses anew, and so does a run that has lost the address.
+    other = (replace(first[0], run="later"),)
+    assert (
+        address_of(target_state("it", on_networks(NETWORKS), within, previous=other)) == "10.3.0.1"
+    )
+    without = {name: each for name, each in NETWORKS.items() if name != "zoo"}
+    assert (
+        address_of(target_state("it", on_networks(without), within, previous=first)) == "10.3.0.1"
+    )
+
+
+def test_the_hosts_address_in_use_stays(documents: Documents) -> None:
+    within = OwnNetworks("b" * 64, "b" * 64, False, (AT_B,))
+    first = target_state("it", documents["host"], within, networks=B).replicas
+    more = replace(within, attachments=(AT_BRIDGE, AT_B))
+    assert target_state("it", documents["host"], more, networks=B).replicas != first
+    state = target_state("it", documents["host"], more, networks=B, previous=first)
+    assert state.replicas == first
+
+
 def test_host_mode_where_no_network_has_a_gateway(documents: Documents) -> None:
     own_networks = OwnNetworks("b" * 64, "b" * 64, False, (Attachment("internal", "1"),))
     state = target_state("it", documents["host"], own_networks)
@@ -251,8 +385,12 @@ def test_network_decides(engine: str, documents: Documents, network: str, addres
 
 def test_network_by_id(documents: Documents) -> None:
     ident = documents["two-networks"]["NetworkSettings"]["Networks"]["front"]["NetworkID"]
-    state = target_state("it", documents["two-networks"], HOST, network=ident)
-    assert state.replicas and state.problem == ""
+    for name in (ident, ident[:12]):  # docker network ls prints the short one
+        state = target_state("it", documents["two-networks"], HOST, network=name)
+        assert state.replicas and state.problem == ""
+    if len(ident) == 64:  # Podman has the name there
+        short = target_state("it", documents["two-networks"], HOST, network=ident[:11])
+        assert not short.replicas
 
 
 def test_network_that_the_target_is_not_on(documents: Documents) -> None:
@@ -276,7 +414,7 @@ def test_network_that_the_ambassador_is_not_on_is_used_with_a_problem(documents:
 def test_joined(engine: str, documents: Documents) -> None:
     joined, owner = documents["joined"], documents["user-network"]
     for own_networks in (HOST, own_networks_of(documents["ambassador-user"])):
-        state = target_state("sidecar", joined, own_networks, network_owner=owner)
+        state = target_state("sidecar", joined, own_networks, owners=(owner,))
         assert (address_of(state), state.problem) == (here(engine, "172.30.0.2"), "")
         assert state.ports == REDIS  # its own, not the owner's
         assert state.replicas[0].container == joined["Id"]
@@ -295,15 +433,37 @@ def test_joined_to_a_network_that_is_not_there(
     documents: Documents, owner: str | None, words: str
 ) -> None:
     document = documents[owner] if owner else None
-    state = target_state("sidecar", documents["joined"], HOST, network_owner=document)
+    state = target_state("sidecar", documents["joined"], HOST, owners=(document,))
     assert not state.replicas
     assert words in state.problem and state.problem.startswith("sidecar ")
 
 
-def test_joined_to_one_that_is_joined_itself(documents: Documents) -> None:
-    owner = copy.deepcopy(documents["user-network"])
-    owner["HostConfig"]["NetworkMode"] = "container:" + "c" * 64
-    state = target_state("sidecar", documents["joined"], HOST, network_owner=owner)
+def test_joined_to_one_that_is_joined_itself(engine: str, documents: Documents) -> None:
+    middle = copy.deepcopy(documents["joined"]) | {"Id": "c" * 64, "Name": "/middle"}
+    document = copy.deepcopy(documents["joined"])
+    document["HostConfig"]["NetworkMode"] = "container:" + "c" * 64
+    owners = (middle, documents["user-network"])
+    state = target_state("it", document, HOST, owners=owners)
+    assert (address_of(state), state.problem) == (here(engine, "172.30.0.2"), "")
+    # Each link is checked: here the middle one is in the network that was before.
+    owners = (middle, documents["user-network-restarted"])
+    state = target_state("it", document, HOST, owners=owners)
+    assert not state.replicas and state.problem.endswith("before its restart: restart middle too")
+
+
+def test_a_circle_of_owners_ends(documents: Documents) -> None:
+    circle = copy.deepcopy(documents["joined"])
+    circle["HostConfig"]["NetworkMode"] = "container:" + circle["Id"]
+    asked: list[str] = []
+
+    def inspect(reference: str) -> Documents:
+        asked.append(reference)
+        found: Documents = circle
+        return found
+
+    owners = owners_of(circle, inspect)
+    assert len(asked) == len(owners) == MAX_OWNERS
+    state = target_state("it", circle, HOST, owners=owners)
     assert not state.replicas and "in turn" in state.problem
 
 
@@ -312,14 +472,14 @@ def test_joined_to_a_special_network(documents: Documents, mode: str, words: str
     owner = copy.deepcopy(documents["user-network"])
     owner["HostConfig"]["NetworkMode"] = mode
     owner["NetworkSettings"]["Networks"] = {}
-    state = target_state("sidecar", documents["joined"], HOST, network_owner=owner)
+    state = target_state("sidecar", documents["joined"], HOST, owners=(owner,))
     assert not state.replicas and words in state.problem
 
 
 def test_a_target_on_the_ambassadors_own_network_is_never_dialled(documents: Documents) -> None:
     own_networks = own_networks_of(documents["user-network"])
     state = target_state(
-        "sidecar", documents["joined"], own_networks, network_owner=documents["user-network"]
+        "sidecar", documents["joined"], own_networks, owners=(documents["user-network"],)
     )
     assert not state.replicas
     assert "shares the ambassador's own network" in state.problem
@@ -360,10 +520,15 @@ def test_an_absent_container_keeps_its_ports_and_nothing_else() -> None:
     assert absent_state(before) == TargetState("it", REDIS)
 
 
-def test_drivers_are_needed_only_if_they_decide() -> None:
+def test_networks_are_asked_for_only_if_they_decide() -> None:
     documents = json.loads((DOCUMENTS / "engine-20.10.json").read_text())
     inside = own_networks_of(documents["ambassador-user"])
-    assert needs_drivers(documents["two-networks"], HOST, "")
-    assert not needs_drivers(documents["two-networks"], HOST, "back")
-    assert not needs_drivers(documents["default-bridge"], HOST, "")
-    assert not needs_drivers(documents["two-networks"], inside, "")
+
+    def names(situation: str, own_networks: OwnNetworks) -> list[str]:
+        return [a.network for a in networks_in_question(documents[situation], own_networks)]
+
+    assert names("two-networks", HOST) == ["back", "front"]
+    assert names("user-network", HOST) == ["back"]  # it could be an overlay
+    assert names("default-bridge", HOST) == []
+    assert names("default-bridge", OwnNetworks()) == ["bridge"]
+    assert names("two-networks", inside) == []
