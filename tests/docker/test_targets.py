@@ -52,7 +52,9 @@ def test_crash_loop_beside_a_healthy_target(stage: Stage) -> None:
         assert conversation.greeting()[0] == "healthy"
         assert greet(host, 7003) == "other"
         wait_until(lambda: caller.ask(b"x"), "an answer")
-        wait_until(lambda: len(lines_with(ambassador, '"listening"')) == 5, "not all ports are open")
+        wait_until(
+            lambda: len(lines_with(ambassador, '"listening"')) == 5, "not all ports are open"
+        )
         before = held_by(ambassador)
         while crashing.inspect()["RestartCount"] < 6:
             assert conversation.ask(b"well?") == b"well?"
