@@ -247,7 +247,7 @@ def test_clock_jumps(run: Run, peers: Peers, tmp_path: Path, days: int) -> None:
             assert read_to_reset(later) == b""
             assert 0.7 < time.monotonic() - begin < 3
 
-        program.wait_for_line("no backend within -hold", since=first_line)
+        program.wait_for_line("connections rejected, backend refused", since=first_line)
         (worker,) = workers(program.pid, dead)
         os.kill(worker.pid, signal.SIGKILL)
         line = program.wait_for_line("worker exited, restarting", since=first_line)
