@@ -117,27 +117,6 @@ def restore_listener(sock: socket.socket) -> bool:
         return False
 
 
-class QueueDrops:
-    """What the kernel dropped because the queue of a datagram listener was full."""
-
-    def __init__(self) -> None:
-        self._reported: WeakKeyDictionary[socket.socket, int] = WeakKeyDictionary()
-
-    def risen(self, listeners: Iterable[socket.socket]) -> int:
-        """How many were dropped since the last call."""
-        return sum(map(self._risen, listeners))
-
-    def _risen(self, sock: socket.socket) -> int:
-        try:
-            info = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
-        except (OSError, struct.error):  # before Linux 4.12
-            return 0
-        now = int(info[-1])
-        rise = (now - self._reported.get(sock, 0)) % (1 << 32)
-        self._reported[sock] = now
-        return rise
-
-
 def is_intact(sock: socket.socket) -> bool:
     """Whether a UDP socket of `bind` still hears everybody: connected or shut down, it does not.
 
@@ -210,3 +189,24 @@ def _prepare_datagram(sock: socket.socket, family: socket.AddressFamily, gro: bo
             sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
         except OSError:
             pass  # before Linux 5.0: datagrams arrive one by one, which is all the same to the loop
+
+
+class QueueDrops:
+    """What the kernel dropped because the queue of a datagram listener was full."""
+
+    def __init__(self) -> None:
+        self._reported: WeakKeyDictionary[socket.socket, int] = WeakKeyDictionary()
+
+    def risen(self, listeners: Iterable[socket.socket]) -> int:
+        """How many were dropped since the last call."""
+        return sum(map(self._risen, listeners))
+
+    def _risen(self, sock: socket.socket) -> int:
+        try:
+            info = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
+        except (OSError, struct.error):  # before Linux 4.12
+            return 0
+        now = int(info[-1])
+        rise = (now - self._reported.get(sock, 0)) % (1 << 32)
+        self._reported[sock] = now
+        return rise

@@ -255,6 +255,21 @@ def test_the_reply_comes_from_where_it_was_sent_to(
     assert (data, source) == (b"ping", (address, worker.port))
 
 
+def test_a_source_that_the_kernel_refuses(
+    start_udp: StartWorker, peers: Peers, loopback: str
+) -> None:
+    """U4: if a reply cannot leave from where the client wrote to, the kernel chooses, from then on."""
+    server, client = peers.udp(loopback), peers.udp(loopback)
+    worker = start_udp(destination(server))
+    to = (loopback, worker.port)
+    with injected(worker.pid, "sendmmsg:error=EINVAL:when=1") as log:
+        session = talk(client, to, server)
+        assert injections(log, "sendmmsg") == 1
+    assert talk(client, to, server) == session
+    worker.wait_for(sent_to_client=2, dropped_send_to_client=0)
+    check_udp_counters(worker)
+
+
 def test_one_client_at_several_addresses(start_udp: StartWorker, peers: Peers) -> None:
     """U4: one client socket that writes to several of our addresses: each reply from its own."""
     server, client = peers.udp(), peers.udp()
@@ -537,24 +552,33 @@ def hop_limit_of(server: socket.socket) -> int:
     return int.from_bytes(value, sys.byteorder)
 
 
-def test_a_low_hop_limit_is_no_sign_of_a_loop(start_udp: StartWorker, peers: Peers) -> None:
+def test_a_low_hop_limit_is_no_sign_of_a_loop(
+    start_udp: StartWorker, peers: Peers, loopback: str
+) -> None:
     """U12: a client's datagram is meant for us, however low its hop limit; only relays count down."""
-    server, client, relay = peers.udp(), peers.udp(), peers.udp()
-    server.setsockopt(socket.IPPROTO_IP, sockets.IP_RECVTTL, 1)
+    server, client, relay = (peers.udp(loopback) for _ in range(3))
+    if server.family == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+    else:
+        server.setsockopt(socket.IPPROTO_IP, sockets.IP_RECVTTL, 1)
     worker = start_udp(destination(server))
-    onward = [(1, 224), (64, 224), (128, 224), (255, 224)]
-    for arrives, leaves in onward:
-        client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, arrives)
-        client.sendto(b"mine", ("127.0.0.1", worker.port))
-        assert hop_limit_of(server) == leaves
+
+    def send(sender: socket.socket, hop_limit: int) -> None:
+        if sender.family == socket.AF_INET6:
+            sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, hop_limit)
+        else:
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, hop_limit)
+        sender.sendto(b"on and on", (loopback, worker.port))
+
+    for arrives in (1, 64, 128, 255):
+        send(client, arrives)
+        assert hop_limit_of(server) == 224
     # A relay's: one less than it came with, more as soon as more comes, and none that came down to 160.
     for arrives, leaves in [(161, 160), (170, 169), (224, 223), (180, 223)]:
-        relay.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, arrives)
-        relay.sendto(b"passed on", ("127.0.0.1", worker.port))
+        send(relay, arrives)
         assert hop_limit_of(server) == leaves
     for ended in (160, 129):
-        relay.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ended)
-        relay.sendto(b"round and round", ("127.0.0.1", worker.port))
+        send(relay, ended)
     worker.wait_for(dropped_looped=2)
     check_udp_counters(worker)
 
