@@ -286,7 +286,9 @@ def test_proxy_that_forbids(stage: Stage, tmp_path: Path, endpoint: str, word: s
         ambassador = stage.run_ambassador_on_host("-sock", str(proxy.path), "-name", db.name)
         if endpoint == "/_ping":  # which it can do without
             ambassador.wait_for_line("target is running")
-            assert lines_with(ambassador, "level=warning") == []
+            warnings = lines_with(ambassador, "level=warning")
+            # These tests may themselves run in a container of another Engine.
+            assert [line for line in warnings if "own container not found" not in line] == []
             return
         line = ambassador.wait_for_line(r"forbids GET .*\(403\)")
         assert endpoint in line

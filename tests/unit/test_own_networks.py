@@ -161,12 +161,13 @@ def test_an_engine_that_does_not_know_the_own_container(
 ) -> None:
     """It can be that of the host whose network this container uses, or any other."""
     world.containers["web"] = container("web")
-    assert address_of(start("web", own_id=lambda: "9" * 64)) == "10.0.0.2"
+    source = start("web", own_id=lambda: "9" * 64)
+    until(lambda: address_of(source) == "10.0.0.2")
     (line,) = log.having("own container not found")
     assert line.startswith("WARNING") and "-sock" in line
     source = start("web", own_id=lambda: "9" * 64, addresses=lambda: frozenset({"172.17.0.3"}))
+    until(lambda: "does not know the ambassador's container" in source.targets()[0].problem)
     assert address_of(source) is None
-    assert "does not know the ambassador's container" in source.targets()[0].problem
 
 
 def test_a_gateway_that_comes_later_counts(world: World, start: Start) -> None:
@@ -174,7 +175,7 @@ def test_a_gateway_that_comes_later_counts(world: World, start: Start) -> None:
     world.containers["web"] = container("web")
     addresses: set[str] = set()
     source = start("web", addresses=lambda: frozenset(addresses))
-    assert "where the host has no address" in source.targets()[0].problem
+    until(lambda: "where the host has no address" in source.targets()[0].problem)
     addresses.add("172.29.0.1")
     world.send(event("web"))
     until(lambda: address_of(source) == "10.0.0.2")
@@ -202,6 +203,7 @@ def test_a_rootless_engine(world: World, start: Start, info: Any, own: Any, reac
     if own is not None:
         world.containers[own["Id"]] = own
     source = start("web", own_id=lambda: own and own["Id"])
+    until(lambda: source.targets()[0].replicas or source.targets()[0].problem)
     assert address_of(source) == ("10.0.0.2" if reached else None)
     assert ("rootless" in source.targets()[0].problem) is not reached
     assert world.calls.count("info") == 1
@@ -226,7 +228,7 @@ def test_the_hostname_is_the_last_try(world: World, start: Start, log: Log) -> N
         in_container=lambda: True,
         addresses=lambda: frozenset({place.address}),
     )
-    assert address_of(source) == "10.0.0.2"
+    until(lambda: address_of(source) == "10.0.0.2")
     assert log.having("not found") == []
     assert "'bridge'" in log.having("own networks")[0]
     world.send(OWN_EVENT)
@@ -242,7 +244,7 @@ def test_a_hostname_alone_proves_nothing(world: World, start: Start, log: Log) -
         in_container=lambda: True,
         addresses=lambda: frozenset({"192.168.0.9"}),
     )
-    assert address_of(source) is None
+    until(lambda: "has no address" in source.targets()[0].problem)
     (line,) = log.having("own container not found")
     assert line.startswith("WARNING") and "/etc/hostname" in line
 
