@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ambassador.backoff import Backoff
-from ambassador.discovery.events import FILTERS, EventParser, death, subject
+from ambassador.discovery.events import FILTERS, EventParser, loss, start, subject
 from ambassador.discovery.own_networks import OwnNetworksWatcher, read_own_id
 from ambassador.discovery.source import Source
 from ambassador.discovery.watcher import TargetWatcher
@@ -220,17 +220,21 @@ class DockerSource(Source):
         self._log.warning("cannot ask Docker, keeping the last state", extra={"fields": fields})
 
     def _read(self, stream: EventStream) -> None:
+        for watcher in self._watchers:
+            watcher.subscribed()
         parser = EventParser()
         for data in stream:
             for event in parser.feed(data):
                 self._handle(event)
 
     def _handle(self, event: object) -> None:
-        died = death(event)
-        if died is not None:
-            for watcher in self._watchers:
-                watcher.container_died(*died)
         about = subject(event)
+        started, lost = start(event), loss(event)
+        for watcher in self._watchers:
+            if lost is not None:
+                watcher.container_lost(lost)
+            if started is not None and about is not None and watcher.matches(about):
+                watcher.container_started(*started)
         if about is None or self._own_networks.matches(about):
             self._refresh_all()
             return

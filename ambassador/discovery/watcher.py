@@ -5,6 +5,9 @@ Invariants:
 - One thread per target: an inspect that blocks delays its own target only. Docker holds a container's lock
   while it starts or stops it.
 - An inspect that fails changes no replica: the data path does not depend on the daemon.
+- A loss that the event stream tells clears the address at once, and voids the answer of an inspect that was
+  under way. The order of the stream decides, since clocks are set back.
+- A target that was found by its ID stays that container: a name like the ID changes nothing.
 - A target that changes without end is logged at a bounded rate.
 """
 
@@ -15,10 +18,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ambassador.backoff import Backoff
 from ambassador.discovery.documents import (
+    attachments,
     container_id,
     drivers_of,
     exposed_ports,
@@ -29,7 +33,7 @@ from ambassador.discovery.documents import (
     network_owner_reference,
     started_at,
 )
-from ambassador.discovery.events import Subject
+from ambassador.discovery.events import Loss, Subject
 from ambassador.discovery.inspect_thread import InspectThread
 from ambassador.discovery.own_networks import OwnNetworks
 from ambassador.discovery.target_address import (
@@ -56,11 +60,37 @@ LOUD_WINDOW_S = 60.0
 """More changes than LOUD_CHANGES in this time (a crash loop) are logged at debug level."""
 
 
+LOSSES_KEPT = 1000
+"""Losses of all containers that are remembered during one inspect."""
+
+NAMESAKES_LOGGED = 20
+
+STARTS_KEPT = 8
+"""Containers whose last start is remembered: the target's, its network's owner's and what they replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What an answer says of the containers that make the address.
+
+    `ids`: the target's container and its network's owner. `runs`: the start of each, as Docker writes it.
+    `networks`: the IDs and names of the networks that have the address.
+    """
+
+    ids: frozenset[str] = frozenset()
+    runs: Mapping[str, str] = field(default_factory=dict)
+    networks: frozenset[str] = frozenset()
+
+
+_NOTHING = _Known()
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """One answer of the Engine. `container` and `run` are empty if there is no such container."""
 
     state: TargetState
+    known: _Known = _NOTHING
     container: str = ""
     run: str = ""
     running: bool = False
@@ -96,12 +126,15 @@ class TargetWatcher:
         self._thread = InspectThread(
             f"watch {target}", turn=self.inspect_now, failed=self._fail, debounce=debounce
         )
-        # The lock is over the next two, and held for no call that can block.
+        # The lock is over the next four, and held for no call that can block.
         self._lock = threading.Lock()
         self._state = TargetState(target)
-        self._died_during_inspect = False
+        self._known = _NOTHING
+        self._losses: list[Loss] = []  # told since the last inspect began
+        self._starts: dict[str, int] = {}  # of containers, told by this stream; nanoseconds
         self._container = ""
-        self._ids: frozenset[str] = frozenset()  # of the container, and of its network's owner
+        self._full_id = ""  # once the target was found by its ID
+        self._namesakes: set[str] = set()  # IDs of containers that are only named like the ID
         self._retries = 0
         self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
         self._failures = 0
@@ -126,26 +159,59 @@ class TargetWatcher:
             self._retries = 0
         self._thread.request()
 
-    def container_died(self, container: str, at: int) -> None:
-        """Clear the address now; an inspect that starts later sets it again. `at` is in nanoseconds.
+    def subscribed(self) -> None:
+        """A new event stream begins: what the former one told last may be long ago."""
+        with self._lock:
+            self._starts.clear()
+
+    def container_started(self, container: str, at: int) -> None:
+        """Note a start. `at` is in nanoseconds by the daemon's clock, 0 if unknown."""
+        with self._lock:
+            self._starts.pop(container, None)
+            if at:
+                self._starts[container] = at
+            while len(self._starts) > STARTS_KEPT:
+                del self._starts[next(iter(self._starts))]
+
+    def container_lost(self, loss: Loss) -> None:
+        """Clear the address now if it is lost; an inspect that starts later sets it again.
 
         Docker's inspect reports a death only after its cleanup, 0.1 to 0.5 s later. Until then new
-        connections and datagrams would go to a network that is gone. A death before the known run is old.
+        connections and datagrams would go to a network that is gone, or to whoever has the address now.
         """
         with self._lock:
+            self._losses.append(loss)
+            del self._losses[:-LOSSES_KEPT]
             state = self._state
-            if container not in self._ids or not state.replicas:
-                return
-            started = microseconds(state.replicas[0].run)
-            if started is not None and started >= at // 1000:
-                return
-            self._died_during_inspect = True
-            self._state = replace(state, replicas=())
-            self._publish_state(self._state)
+            if state.replicas and self._is_hit(loss, self._known):
+                self._state = replace(state, replicas=())
+                self._publish_state(self._state)
+
+    def _is_hit(self, loss: Loss, known: _Known) -> bool:
+        """Whether `loss` takes away the address that `known` is about. The caller holds the lock."""
+        if loss.container not in known.ids:
+            return False
+        if loss.network and loss.network not in known.networks:
+            return False
+        if loss.old_name and (self._full_id or loss.old_name != self.target.removeprefix("/")):
+            return False
+        started = microseconds(known.runs.get(loss.container, ""))
+        told = self._starts.get(loss.container)
+        # The stream is late if the last start that it told came before the start of the known run: then the
+        # loss is an older run's, unless it is younger than the known start all the same.
+        is_late = started is not None and told is not None and told // 1000 < started
+        return not is_late or (started is not None and loss.at // 1000 > started)
 
     def matches(self, subject: Subject) -> bool:
         """Whether an event is about this target: its name, its container or its network's owner."""
-        if self.target.removeprefix("/") in subject.names or subject.ids & self._ids:
+        if subject.ids & self._known.ids:
+            return True
+        is_named = self.target.removeprefix("/") in subject.names
+        if self._full_id:
+            if is_named and self._full_id not in subject.ids:
+                self._log_namesakes(subject.ids)
+            return self._full_id in subject.ids
+        if is_named:
             return True
         return is_id_prefix(self.target) and any(i.startswith(self.target) for i in subject.ids)
 
@@ -157,7 +223,7 @@ class TargetWatcher:
         if engine is None:
             return None  # the reconnect requests an inspect
         with self._lock:
-            self._died_during_inspect = False
+            self._losses.clear()
         try:
             answer = self._ask(engine)
         except EngineError as error:
@@ -174,23 +240,27 @@ class TargetWatcher:
             delay = self._retry.next()
         else:
             state = replace(state, problem=no_address_problem(self.target))
+        if not self._publish(state, answer.known):
+            return 0.0  # ask again: the answer may be older than a loss
         if delay is None:
             self._log_change(state, answer)
-        self._publish(state)
         return delay
 
     def _ask(self, engine: Engine) -> _Answer:
-        document = self._inspect(engine, self.target)
+        # By its name, another container that is named like the ID would come first.
+        document = self._inspect(engine, self._full_id or self.target)
         if document is None:
-            self._ids, self._container = frozenset(), ""
+            self._container = ""
             return _Answer(absent_state(self._state))
+        ident = container_id(document)
+        if is_id_prefix(self.target) and ident.startswith(self.target):
+            self._full_id = ident
         owner = None
-        ids = {document.get("Id")}
+        ids = {ident}
         reference = network_owner_reference(document)
         if reference is not None:
             owner = self._inspect(engine, reference)
-            ids |= {reference, owner.get("Id") if owner is not None else None}
-        self._ids = frozenset(i for i in ids if isinstance(i, str) and i)
+            ids |= {reference, container_id(owner) if owner is not None else ""}
         own_networks = self._own_networks()
         drivers: Mapping[str, str] = {}
         if needs_drivers(owner or document, own_networks, self._network):
@@ -204,11 +274,19 @@ class TargetWatcher:
             network_owner=owner,
             drivers=drivers,
         )
-        former, self._container = self._container, container_id(document)
+        former, self._container = self._container, ident
         if self._container == former:
             state = keep_ports(self._state, state)
+        addresses = {replica.address for replica in state.replicas}
+        places = [a for a in attachments(owner or document) if a.address in addresses]
+        known = _Known(
+            frozenset(ids - {""}),
+            {container_id(each): started_at(each) for each in (document, owner or document)},
+            frozenset(text for a in places for text in (a.network, a.network_id) if text),
+        )
         return _Answer(
             state,
+            known,
             self._container,
             started_at(document),
             is_running(document),
@@ -231,12 +309,15 @@ class TargetWatcher:
             self._log.debug("networks not listed, assuming bridges", extra={"fields": fields})
             return {}
 
-    def _publish(self, state: TargetState) -> None:
+    def _publish(self, state: TargetState, known: _Known) -> bool:
+        """Publish an answer; False if a loss that was told meanwhile makes it void."""
         with self._lock:
-            if self._died_during_inspect:
-                return  # the answer may be older than the death, which has requested another inspect
+            self._known = known
+            if state.replicas and any(self._is_hit(loss, known) for loss in self._losses):
+                return False
             self._state = state
             self._publish_state(state)
+            return True
 
     def _fail(self, error: EngineError) -> float:
         self._failures += 1
@@ -247,7 +328,9 @@ class TargetWatcher:
                 self._last_error = text
                 fields = {"container": self.target, "error": text}
                 self._log.warning("inspect failed", extra={"fields": fields})
-            self._publish(replace(self._state, problem=text))
+            with self._lock:
+                self._state = replace(self._state, problem=text)
+                self._publish_state(self._state)
         return self._failure.next()
 
     def _succeed(self) -> None:
@@ -281,6 +364,14 @@ class TargetWatcher:
         else:
             message = "no such container, waiting"
         self._log.log(self._limited_level(level), message, extra={"fields": fields})
+
+    def _log_namesakes(self, idents: frozenset[str]) -> None:
+        for ident in idents - self._namesakes:
+            if len(self._namesakes) < NAMESAKES_LOGGED:
+                self._namesakes.add(ident)
+                fields = {"container": self.target, "id": ident[:12]}
+                message = "another container is named like this id: rename it"
+                self._log.warning(message, extra={"fields": fields})
 
     def _limited_level(self, level: int) -> int:
         """`level`, or debug if this target has had enough lines in the last minute."""
