@@ -55,9 +55,16 @@ RETRIES = 10
 FAILURE_CAP_S = 5.0
 """Between two inspects that the Engine answers with an error."""
 
+SLOW_S = 10.0
+"""An inspect that takes longer is a line in the log. It is waited for."""
+
+GRACE_S = 2.0
+"""How long an event may come behind the change that it tells."""
+
 LOUD_CHANGES = 20
 LOUD_WINDOW_S = 60.0
-"""More changes than LOUD_CHANGES in this time (a crash loop) are logged at debug level."""
+"""More changes than LOUD_CHANGES in this time (a crash loop) are logged at debug level. When the time is
+over, the state as it is then is logged."""
 
 
 LOSSES_KEPT = 1000
@@ -101,7 +108,8 @@ class TargetWatcher:
     """One target's thread. The other methods are called by other threads, and none of them blocks.
 
     `engine` returns the Engine to ask, or None while there is none. `own_networks` returns the ambassador's
-    own networks or raises EngineError. `publish` takes each state; it must not block.
+    own networks or raises EngineError. `publish` takes each state; it must not block. `event_missed` is
+    called if a reconcile found what no event told.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class TargetWatcher:
         engine: Callable[[], Engine | None],
         own_networks: Callable[[], OwnNetworks],
         publish: Callable[[TargetState], None],
+        event_missed: Callable[[str], None],
         network: str,
         log: logging.Logger,
         debounce: float,
@@ -120,6 +129,7 @@ class TargetWatcher:
         self._engine = engine
         self._own_networks = own_networks
         self._publish_state = publish
+        self._event_missed = event_missed
         self._network = network
         self._log = log
         self._clock = clock
@@ -135,6 +145,11 @@ class TargetWatcher:
         self._container = ""
         self._full_id = ""  # once the target was found by its ID
         self._namesakes: set[str] = set()  # IDs of containers that are only named like the ID
+        self._is_told = False  # there was news since the last inspect that counts
+        self._is_reconciled = False
+        self._doubted_at: float | None = None  # an inspect found what no event had told
+        self._found: object = None  # by the last inspect that counts
+        self._inspect_began: float | None = None
         self._retries = 0
         self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
         self._failures = 0
@@ -143,6 +158,7 @@ class TargetWatcher:
         self._last_skipped: tuple[str, ...] = ()
         self._last_error = ""
         self._changes: deque[float] = deque(maxlen=LOUD_CHANGES)
+        self._left_out = 0  # changes since the last line about one
 
     def start(self) -> None:
         self._thread.start()
@@ -157,7 +173,18 @@ class TargetWatcher:
         """Inspect soon. `fresh`: there is news, so an address that never came is awaited anew."""
         if fresh:
             self._retries = 0
+            self._is_told = True
+        else:
+            self._is_reconciled = True
         self._thread.request()
+
+    def log_slow_inspect(self) -> None:
+        """Log an inspect that has no answer yet, once, if it takes long."""
+        began = self._inspect_began
+        if began is not None and self._clock() - began >= SLOW_S:
+            self._inspect_began = None
+            fields = {"container": self.target, "since": f"{SLOW_S:.0f}s"}
+            self._log.warning("inspect takes long: check the daemon", extra={"fields": fields})
 
     def subscribed(self) -> None:
         """A new event stream begins: what the former one told last may be long ago."""
@@ -222,14 +249,20 @@ class TargetWatcher:
         engine = self._engine()
         if engine is None:
             return None  # the reconnect requests an inspect
+        told, self._is_told = self._is_told, False
+        reconciled, self._is_reconciled = self._is_reconciled, False
         with self._lock:
             self._losses.clear()
+        self._inspect_began = self._clock()
         try:
             answer = self._ask(engine)
         except EngineError as error:
+            self._is_told |= told
             if self._engine() is not engine:
                 return None  # the Engine is gone, which the thread of the event stream logs
             return self._fail(error)
+        finally:
+            self._inspect_began = None
         self._succeed()
         state, delay = answer.state, None
         if not answer.awaits_address:
@@ -241,10 +274,36 @@ class TargetWatcher:
         else:
             state = replace(state, problem=no_address_problem(self.target))
         if not self._publish(state, answer.known):
-            return 0.0  # ask again: the answer may be older than a loss
-        if delay is None:
-            self._log_change(state, answer)
-        return delay
+            delay = 0.0  # the answer may be older than a loss: ask again
+        if delay is not None:
+            self._is_told |= told
+            return delay
+        self._log_change(state, answer)
+        found = (answer.container, answer.run, answer.running, state.replicas)
+        return min(
+            (d for d in (self._doubt(found, told, reconciled), self._quiet_for()) if d is not None),
+            default=None,
+        )
+
+    def _doubt(self, found: object, told: bool, reconciled: bool) -> float | None:
+        """Report an event that is missing. Returns the seconds until another inspect may prove it.
+
+        A reconcile can come between a change and its event, so an event has GRACE_S to come.
+        """
+        former, self._found = self._found, found
+        now = self._clock()
+        if told:
+            self._doubted_at = None
+        elif self._doubted_at is None:
+            if reconciled and former not in (None, found):
+                self._doubted_at = now
+                return GRACE_S
+        elif now - self._doubted_at < GRACE_S:
+            return self._doubted_at + GRACE_S - now
+        else:
+            self._doubted_at = None
+            self._event_missed(self.target)
+        return None
 
     def _ask(self, engine: Engine) -> _Answer:
         # By its name, another container that is named like the ID would come first.
@@ -345,7 +404,7 @@ class TargetWatcher:
     def _log_change(self, state: TargetState, answer: _Answer) -> None:
         """Log what has changed since the last line."""
         news = (answer.container, answer.run, answer.running, state.replicas, state.problem)
-        if news == self._last_logged:
+        if news == self._last_logged and (not self._left_out or self._quiet_for() is not None):
             return
         self._last_logged = news
         level = logging.INFO
@@ -363,7 +422,12 @@ class TargetWatcher:
             message = "target is not running, waiting"
         else:
             message = "no such container, waiting"
-        self._log.log(self._limited_level(level), message, extra={"fields": fields})
+        level = self._limited_level(level)
+        if level == logging.DEBUG:
+            self._left_out += 1
+        elif self._left_out:
+            fields["changes_left_out"], self._left_out = self._left_out, 0
+        self._log.log(level, message, extra={"fields": fields})
 
     def _log_namesakes(self, idents: frozenset[str]) -> None:
         for ident in idents - self._namesakes:
@@ -384,6 +448,13 @@ class TargetWatcher:
             message = "target changes often, logging at debug level"
             self._log.warning(message, extra={"fields": fields})
         return level
+
+    def _quiet_for(self) -> float | None:
+        """The seconds until a change that was left out is logged after all; None if there is none."""
+        now = self._clock()
+        if not self._left_out or not self._changes_are_many(now):
+            return None
+        return self._changes[0] + LOUD_WINDOW_S - now
 
     def _changes_are_many(self, now: float) -> bool:
         return len(self._changes) == LOUD_CHANGES and now - self._changes[0] < LOUD_WINDOW_S

@@ -273,6 +273,49 @@ def test_changes_are_logged_again_after_a_minute(world: World, start: Start, log
     until(lambda: len(log.having("target is running")) == before_that + 1)
 
 
+def test_the_last_line_is_the_present_state(world: World, start: Start, log: Log) -> None:
+    now = [0.0]
+    runs = iter(range(10_000))
+    world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
+    source = start("web", debounce=0.0, clock=lambda: now[0])
+    for _ in range(LOUD_CHANGES + 5):
+        before = source.targets()[0]
+        world.send(event("web"))
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
+    world.containers["web"] = last = container("web", "10.0.0.9", StartedAt="last")
+    now[0] = 59.95
+    world.send(event("web"))
+    until(lambda: address_of(source) == "10.0.0.9")
+    settle(world)
+    assert not log.having("10.0.0.9")
+    now[0] = 60.5
+    until(lambda: log.having("10.0.0.9"))  # without an event
+    settle(world)
+    (line,) = log.having("10.0.0.9")
+    assert "'changes_left_out'" in line and last["Id"][:12] in line
+
+
+def test_an_inspect_that_takes_long_is_one_line(world: World, start: Start, log: Log) -> None:
+    """D13: it is waited for, and the user knows."""
+    now, go_on = [0.0], threading.Event()
+
+    def slow() -> Any:
+        go_on.wait(5)
+        return container("web")
+
+    world.containers["web"] = slow
+    source = start("web", wait=False, ping_every=0.01, clock=lambda: now[0])
+    until(lambda: world.inspects("web") == 1 and world.calls.count("ping") > 3)
+    assert not log.having("takes long")
+    now[0] = 11.0
+    until(lambda: log.having("inspect takes long: check the daemon"))
+    count = world.calls.count("ping")
+    until(lambda: world.calls.count("ping") > count + 3)
+    assert len(log.having("takes long")) == 1
+    go_on.set()
+    until(lambda: address_of(source) == "10.0.0.2")
+
+
 # --- a death -----------------------------------------------------------------------------------
 
 STARTED = "2026-01-01T00:00:00.5Z"
