@@ -158,7 +158,9 @@ def test_the_engine_of_another_host_gives_the_hosts_view(world: World, start: St
     assert address_of(start("web", own_id=lambda: "9" * 64)) == "10.0.0.2"
 
 
-def test_own_networks_stand_while_they_cannot_be_refreshed(world: World, start: Start) -> None:
+def test_own_networks_stand_while_they_cannot_be_refreshed(
+    world: World, start: Start, log: Log
+) -> None:
     own = copy.deepcopy(DOCUMENTS["ambassador-default"])
     world.containers = {own["Id"]: own, "web": DOCUMENTS["default-bridge"] | {"Name": "/web"}}
     source = start("web", own_id=lambda: own["Id"])
@@ -168,6 +170,8 @@ def test_own_networks_stand_while_they_cannot_be_refreshed(world: World, start: 
     until(lambda: world.inspects("web") > before)
     settle(world)
     assert (address_of(source), source.targets()[0].problem) == ("172.29.0.2", "")
+    until(lambda: world.inspects(own["Id"]) > 3)
+    assert len(log.having("own networks not refreshed, keeping them")) == 1
 
 
 # --- a hung inspect of the own container ---------------------------------------------------------
