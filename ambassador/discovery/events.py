@@ -2,8 +2,8 @@
 
 Invariants:
 
-- An event is a hint: it decides which targets are inspected, never their state. The one exception is a death,
-  which counts until the inspect that it requests has an answer (`death`).
+- An event is a hint: it decides which targets are inspected, never their state. The one exception is a loss
+  (`loss`), which counts until the inspect that it requests has an answer.
 - An event that cannot be read concerns every target. A needless inspect costs a millisecond; a missing one
   leaves a target lost until the next reconcile.
 - Memory is bounded: a record longer than MAX_RECORD is dropped.
@@ -37,6 +37,27 @@ class Subject:
 
     ids: frozenset[str]
     names: frozenset[str]
+
+
+_ENDS = ("die", "died", "destroy", "remove")
+_OF_A_NETWORK_ALONE = ("create", "destroy", "remove", "update", "prune")
+
+NOBODY = Subject(frozenset(), frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A container has lost its address or its name.
+
+    `at` is the moment by the daemon's clock, in nanoseconds since the epoch, 0 if unknown. `network`: the ID
+    or the name of the only network that it left; `old_name`: the name that it no longer has. Without either,
+    its run has ended.
+    """
+
+    container: str
+    at: int = 0
+    network: str = ""
+    old_name: str = ""
 
 
 class EventParser:
@@ -85,12 +106,11 @@ def subject(event: Any) -> Subject | None:
         return None
     actor_id = actor.get("ID")
     if event["Type"] == "network":
-        # Docker has the network in ID and the container in the attributes; Podman has the container in ID
-        # and the network in the attributes. Without a container, a network was created or removed.
-        ident = attributes.get("container") or (actor_id if attributes.get("network") else None)
-        if not isinstance(ident, str) or not ident:
-            return None
-        return Subject(frozenset({ident}), frozenset())
+        ident = _network_member(actor_id, attributes)[0]
+        if ident:
+            return Subject(frozenset({ident}), frozenset())
+        # It was made or removed, so no container is on it. Builds do so all day.
+        return NOBODY if event.get("Action") in _OF_A_NETWORK_ALONE else None
     names = (attributes.get("name"), attributes.get("oldName"))
     known = frozenset(name.removeprefix("/") for name in names if isinstance(name, str) and name)
     if not isinstance(actor_id, str) or not actor_id or not known:
@@ -98,14 +118,49 @@ def subject(event: Any) -> Subject | None:
     return Subject(frozenset({actor_id}), known)
 
 
-def death(event: Any) -> tuple[str, int] | None:
-    """The container that died and when, in nanoseconds since the epoch by the daemon's clock; None if none.
+def loss(event: Any) -> Loss | None:
+    """What the container of `event` has lost; None if nothing.
 
-    Docker says `die`, Podman `died`. `kill` is no death: each signal makes one.
+    Docker says `die` and `destroy`, Podman `died` and `remove`. `kill` is no death: each signal makes one.
     """
-    if subject(event) is None or event["Type"] != "container":
+    if subject(event) is None:
         return None
+    actor, action = event["Actor"], event.get("Action")
+    if event["Type"] == "network":
+        ident, network = _network_member(actor.get("ID"), actor["Attributes"])
+        if action != "disconnect" or not ident or not network:
+            return None
+        return Loss(ident, _moment(event), network=network)
+    if action == "rename":
+        old_name = actor["Attributes"].get("oldName")
+        if not isinstance(old_name, str) or not old_name:
+            return None
+        return Loss(actor["ID"], _moment(event), old_name=old_name.removeprefix("/"))
+    return Loss(actor["ID"], _moment(event)) if action in _ENDS else None
+
+
+def start(event: Any) -> tuple[str, int] | None:
+    """The container that began a run and when, as `Loss.at`; None if none did."""
+    if subject(event) is None or event["Type"] != "container" or event.get("Action") != "start":
+        return None
+    return event["Actor"]["ID"], _moment(event)
+
+
+def _moment(event: Mapping[str, Any]) -> int:
     at = event.get("timeNano")
-    if event.get("Action") not in ("die", "died") or not isinstance(at, int):
-        return None
-    return event["Actor"]["ID"], at
+    return at if isinstance(at, int) else 0
+
+
+def _network_member(actor_id: object, attributes: Mapping[str, Any]) -> tuple[str, str]:
+    """The container and the network of a network event; "" for what it does not name.
+
+    Docker has the network in ID and the container in the attributes; Podman has the container in ID and the
+    network in the attributes.
+    """
+    member, network = attributes.get("container"), actor_id
+    if not member and attributes.get("network"):
+        member, network = actor_id, attributes["network"]
+    return (
+        member if isinstance(member, str) else "",
+        network if isinstance(network, str) else "",
+    )

@@ -35,7 +35,7 @@ from ambassador.engine.api import Document, Engine, EngineError, NoSuchContainer
 from ambassador.system.processes import own_addresses
 
 FIRST_ANSWER_S = 6.0
-"""Longer than the Engine client's timeout, so that its error, which says more, comes first."""
+"""Without an answer by then, a watcher says so and asks again."""
 
 RETRY_FIRST_S = 0.1
 RETRY_CAP_S = 5.0
@@ -173,6 +173,8 @@ class OwnNetworksWatcher:
         self._log = log
         self._networks: OwnNetworks | None = None
         self._error: EngineError | None = None  # of the last request, while no answer is known
+        self._last_error = ""  # that was logged
+        self._has_failed = False
         self._answered = threading.Event()  # there is an answer, or an error instead of one
         self._retry = Backoff(RETRY_FIRST_S, RETRY_CAP_S)
         self._thread = InspectThread(
@@ -225,6 +227,7 @@ class OwnNetworksWatcher:
             return  # the reconnect requests a refresh
         networks = self._ask(engine)
         self._retry.reset()
+        self._last_error, self._has_failed = "", False
         former, refused = self._networks, self._error is not None
         self._networks, self._error = networks, None
         self._answered.set()
@@ -295,5 +298,11 @@ class OwnNetworksWatcher:
     def _failed(self, error: EngineError) -> float:
         if self._networks is None:
             self._error = error
+        elif error.status is None and not self._has_failed:
+            self._has_failed = True  # the daemon may just stop, which another thread logs
+        elif str(error) != self._last_error and self._engine() is not None:
+            self._last_error = str(error)
+            fields = {"error": self._last_error}
+            self._log.warning("own networks not refreshed, keeping them", extra={"fields": fields})
         self._answered.set()
         return self._retry.next()

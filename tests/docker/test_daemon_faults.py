@@ -183,6 +183,11 @@ def test_daemon_skips_the_subscriber(stage: Stage, tmp_path: Path) -> None:
             wait_until(lambda: address_of(discovery) == after, "the new address")
             assert time.monotonic() - begin < 2 * QUICK_S + 1
             assert sum("/events" in line for line in proxy.asked) == streams, "the stream ended"
+            proxy.deaf = False
+            wait_until(
+                lambda: sum("/events" in line for line in proxy.asked) == streams + 1,
+                "another subscription, since an event is missing",
+            )
 
 
 @pytest.mark.alone

@@ -21,7 +21,7 @@ from ambassador.cli.arguments import MissingName, UsageError
 from ambassador.cli.main import parse_arguments
 from ambassador.control import MAX_PAYLOAD, VERSION, RecordType, Update, pack
 from ambassador.discovery import documents, joins, own_networks, target_address
-from ambassador.discovery.events import MAX_RECORD, EventParser, death, subject
+from ambassador.discovery.events import MAX_RECORD, EventParser, loss, subject
 from ambassador.model import ListenerSpec, TargetState
 from ambassador.options import ListenerOptions
 from ambassador.reconcile import merge
@@ -122,8 +122,8 @@ def events(data: bytes) -> None:
 
 def _look(found: Iterator[Any]) -> None:
     for event in found:
-        who, dead = subject(event), death(event)
-        assert dead is None or (who is not None and dead[0] in who.ids)
+        who, lost = subject(event), loss(event)
+        assert lost is None or (who is not None and lost.container in who.ids)
 
 
 def document(data: bytes) -> None:

@@ -38,6 +38,7 @@ from tests.unit.fake_engine import (
         (event("we"), 0, 0),
         (event("stranger"), 0, 0),
         (event("n", kind="network"), 1, 1),
+        (event("n", kind="network").replace(b"start", b"destroy"), 0, 0),
         (event("v", kind="volume"), 1, 1),
         (b"junk\n", 1, 1),
         (b"{}\n", 1, 1),
@@ -230,16 +231,92 @@ def test_a_forbidden_ping_is_an_answer(world: World, start: Start) -> None:
     assert source.connected and len(world.streams) == 1
 
 
-def test_a_connection_without_events_is_closed_again(
+@pytest.mark.parametrize("status", [403, 500])
+def test_without_events_all_are_inspected_at_intervals(
+    world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """D9: Podman runs without events, and proxies forbid them; an event is but a hint."""
+    monkeypatch.setattr("ambassador.discovery.docker_source.POLL_S", 0.02)
+    monkeypatch.setattr("ambassador.discovery.docker_source.POLLS_PER_SECOND", 100)
+    subscribe, forbidden = FakeEngine.events, EngineError("no GET /events", status=status)
+
+    def refuse(*_: object) -> None:
+        raise forbidden
+
+    monkeypatch.setattr(FakeEngine, "events", refuse)
+    world.containers["web"] = container("web")
+    source = start("web", wait=False)
+    until(lambda: address_of(source) == "10.0.0.2")
+    world.containers["web"] = container("web", "10.0.0.9")
+    until(lambda: address_of(source) == "10.0.0.9")
+    until(lambda: world.inspects("web") > 20)
+    (line,) = log.having("WARNING")
+    assert "no events, inspecting at intervals" in line and "no GET /events" in line
+    assert source.connected and world.closed == 0 and len(world.connects) == 1
+    monkeypatch.setattr(FakeEngine, "events", subscribe)
+    until(lambda: log.having("Docker tells events again"))
+    settle(world)
+    world.containers["web"] = container("web", "10.0.0.8")
+    world.send(event("web"))
+    until(lambda: address_of(source) == "10.0.0.8")
+
+
+def test_an_engine_that_goes_while_it_is_polled(
+    world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ambassador.discovery.docker_source.POLL_S", 0.02)
+
+    def refuse(*_: object) -> None:
+        raise EngineError("no GET /events", status=500)
+
+    monkeypatch.setattr(FakeEngine, "events", refuse)
+    source = start("web", wait=False)
+    until(lambda: source.connected)
+    world.failure = world.ping_failure = GONE
+    until(lambda: not source.connected)
+    world.failure = world.ping_failure = None
+    until(lambda: source.connected)
+    assert len(log.having("connected to Docker again")) == 1
+
+
+def test_a_deaf_stream_is_given_up(
+    world: World, start: Start, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D6: a change that only the reconcile found proves that events are missing."""
+    monkeypatch.setattr("ambassador.discovery.watcher.GRACE_S", 0.05)
+    world.containers["web"] = container("web")
+    source = start("web", wait=False, reconcile_every=0.1, ping_every=0.1)
+    until(lambda: address_of(source) == "10.0.0.2")
+    for _ in range(3):  # what an event tells is no proof, also if the reconcile comes first
+        source._refresh_all(fresh=False)
+        settle(world)
+        world.containers["web"] = container("web", f"10.0.0.{len(world.calls) % 200 + 20}")
+        source._refresh_all(fresh=False)
+        time.sleep(0.01)
+        world.send(event("web"))
+        time.sleep(0.2)
+    assert len(world.streams) == 1 and not log.having("missing")
+    world.containers["web"] = container("web", "10.0.0.8")
+    until(lambda: len(world.streams) == 2)
+    assert address_of(source) == "10.0.0.8"
+    assert len(log.having("an event is missing, subscribing again")) == 1
+
+
+def test_news_that_may_concern_any_is_bounded(
     world: World, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(*_: object) -> None:
-        raise EngineError("forbids GET /events (403)", status=403)
-
-    monkeypatch.setattr(FakeEngine, "events", forbidden)
-    source = start("web", wait=False)
-    until(lambda: len(world.connects) >= 3)
-    assert world.closed >= 2 and not source.connected
+    """P1: 100 targets would be inspected for each event that is not understood."""
+    monkeypatch.setattr("ambassador.discovery.docker_source.INSPECT_ALL_GAP_S", 0.2)
+    world.containers["web"] = container("web")
+    start("web")
+    world.calls.clear()
+    for _ in range(30):
+        world.send(event("v", kind="volume"))
+        time.sleep(0.01)
+    assert 1 <= world.inspects("web") <= 3
+    world.containers["web"] = container("web", "10.0.0.9")
+    time.sleep(0.25)
+    assert world.inspects("web") <= 4
 
 
 # --- the end -----------------------------------------------------------------------------------
@@ -250,7 +327,7 @@ def test_stop_ends_every_thread_and_calls_nobody(world: World, start: Start) -> 
     before = set(threading.enumerate())
     world.containers["web"] = container("web")
     source = start("web", "db", on_change=lambda: changes.append(1))
-    assert len(set(threading.enumerate()) - before) == 5
+    assert len(set(threading.enumerate()) - before) == 6
     began = time.monotonic()
     source.stop()
     assert time.monotonic() - began < 0.5

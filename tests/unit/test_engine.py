@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import os
 import socket
 import socketserver
 import threading
@@ -17,7 +19,12 @@ from typing import Any
 import pytest
 
 from ambassador.engine.api import EngineError, NoSuchContainer
-from ambassador.engine.client import MAX_KEPT_CONNECTIONS, DockerEngine, connect_engine
+from ambassador.engine.client import (
+    MAX_ANSWER,
+    MAX_KEPT_CONNECTIONS,
+    DockerEngine,
+    connect_engine,
+)
 
 Answer = Callable[["Handler"], None]
 
@@ -97,10 +104,10 @@ def connect(server: Server, timeout: float = 5.0) -> DockerEngine:
     return connect_engine(f"unix://{server.server_address!s}", timeout=timeout)
 
 
-def connect_any(server: Server | TcpServer) -> DockerEngine:
+def connect_any(server: Server | TcpServer, timeout: float = 30.0) -> DockerEngine:
     where = server.server_address
     host = f"tcp://127.0.0.1:{where[1]}" if isinstance(where, tuple) else f"unix://{where!s}"
-    return connect_engine(host, timeout=30)
+    return connect_engine(host, timeout=timeout, inspect_timeout=max(timeout, 2.0))
 
 
 def says(status: int, body: bytes) -> Answer:
@@ -149,12 +156,29 @@ def test_a_dead_socket_says_that_nobody_listens(tmp_path: Path) -> None:
     assert info.value.retry_is_cheap
 
 
-def test_permission_denied_names_the_group(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+@pytest.mark.parametrize(
+    ("mode", "ids", "gid", "words"),
+    [
+        (0o660, "0 0 4294967295", 996, "run with the socket's group, docker run --group-add 996 "),
+        (0o700, "0 0 4294967295", 996, r"only its owner may use it \(mode 0700\), .* --user 7 "),
+        (0o660, "0 100000 65536", 65534, "user namespace .* docker run --userns host "),
+        (0o660, "0 0 4294967295", 65534, "docker run --group-add 65534 "),
+    ],
+)
+def test_permission_denied_says_what_helps(
+    monkeypatch: pytest.MonkeyPatch, server: Server, *, mode: int, ids: str, gid: int, words: str
+) -> None:
+    """D9: the group helps only if the socket has one that may write and that this namespace knows."""
+
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    path = Path(str(server.server_address))
+    os.chown(path, 7, gid)
+    path.chmod(mode)
     monkeypatch.setattr("docker.transport.unixconn.UnixHTTPConnection.connect", refuse)
-    with pytest.raises(EngineError, match=r"--group-add \$\(stat -c %g /"):
+    monkeypatch.setattr(Path, "read_text", lambda _: f"{ids}\n")
+    with pytest.raises(EngineError, match=words):
         connect(server)
 
 
@@ -183,11 +207,19 @@ def test_a_silent_daemon_ends_in_time(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "message",
-    ["No such container: web", 'no container with name or ID "web" found: no such container'],
+    ("status", "message"),
+    [
+        (404, "No such container: web"),
+        (404, 'no container with name or ID "web" found: no such container'),
+        (500, "no container with ID 3f found in database: no such container"),  # Podman removes it
+        # D14: nothing has that name or that whole ID, or no prefix would have been looked for.
+        (500, "Multiple IDs found with provided prefix: db"),
+        (400, "multiple IDs found with provided prefix: db"),
+        (500, 'more than one result for container name or ID "db": container already exists'),
+    ],
 )
-def test_no_such_container(server: Server, message: str) -> None:
-    server.answers["/json"] = says(404, json.dumps({"message": message}).encode())
+def test_no_such_container(server: Server, status: int, message: str) -> None:
+    server.answers["/json"] = says(status, json.dumps({"message": message}).encode())
     with pytest.raises(NoSuchContainer):
         connect(server).inspect_container("web")
 
@@ -241,6 +273,153 @@ def test_tcp_is_asked_directly_whatever_proxy_the_environment_names(
         connect_engine(f"tcp://127.0.0.1:{made.server_address[1]}").ping()
         made.shutdown()
     assert made.asked[0] == "GET /_ping" and len(made.asked) == 2
+
+
+# --- answers without end, without bound, or from elsewhere -------------------------------------
+
+
+def drips(head: bytes) -> Answer:
+    def answer(handler: Handler) -> None:
+        handler.wfile.write(head)
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                time.sleep(0.05)
+                handler.wfile.write(b" ")
+
+    return answer
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nApi-Version: 1.41\r\nContent-Length: 10000\r\n\r\n{"
+
+
+@pytest.mark.parametrize("head", [HEAD, HEAD[:20], b""], ids=["body", "head", "status"])
+@pytest.mark.parametrize("path", ["/_ping", "/version", "/json", "/networks", "/events"])
+def test_an_answer_that_drips_ends_in_time(
+    any_server: Server | TcpServer, path: str, head: bytes
+) -> None:
+    """D12: the deadline is one for the whole answer, not one between two bytes."""
+    if path == "/events" and head is HEAD:
+        return  # a stream may drip
+    if path == "/version":
+        any_server.answers["/_ping"] = says(404, b"")
+    engine = connect_any(any_server, 0.2) if path not in ("/_ping", "/version") else None
+    any_server.answers[path] = drips(head)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"does not answer GET .* in time"):
+        if engine is None:
+            connect_any(any_server, 0.2)
+        elif path == "/json":
+            engine.inspect_container("web")
+        elif path == "/networks":
+            engine.networks()
+        else:
+            engine.events({})
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_ping_that_drips_ends_in_time(server: Server) -> None:
+    engine = connect(server, timeout=0.2)
+    server.answers["/_ping"] = drips(HEAD)
+    with pytest.raises(EngineError, match="does not answer GET /_ping in time"):
+        engine.ping()
+
+
+def test_an_inspect_may_begin_late(any_server: Server | TcpServer) -> None:
+    """D13: a loaded Engine takes long until it answers; the answer itself comes at once."""
+
+    def late(handler: Handler) -> None:
+        time.sleep(0.5)
+        handler.send(200, b'{"Id":"1"}')
+
+    any_server.answers["/json"] = late
+    assert connect_any(any_server, 0.1).inspect_container("web") == {"Id": "1"}
+
+
+def test_close_ends_the_inspect_of_another_thread(any_server: Server | TcpServer) -> None:
+    """D13: an inspect waits long, but not longer than the Engine is the one to ask."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang(_: Handler) -> None:
+        asked.set()
+        go_on.wait(5)
+
+    any_server.answers["/json"] = hang
+    engine = connect_any(any_server, 0.1)
+    errors: list[EngineError] = []
+
+    def inspect() -> None:
+        try:
+            engine.inspect_container("web")
+        except EngineError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=inspect)
+    thread.start()
+    assert asked.wait(5)
+    engine.close()
+    thread.join(2)
+    go_on.set()
+    assert not thread.is_alive() and len(errors) == 1
+
+
+def packed(handler: Handler) -> None:
+    handler.send(200, gzip.compress(b'{"Id":"1"}'), Content_Encoding="gzip")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (says(200, b'{"Id":"' + b"x" * MAX_ANSWER + b'"}'), "an answer of more than 4 MB"),
+        (says(500, b"x" * (MAX_ANSWER + 1)), "an answer of more than 4 MB"),
+        (packed, "in encoding gzip, which was not asked for"),
+        (says(200, b"[" * 100_000), "nested too deep"),
+        (
+            lambda h: h.send(302, b"x" * 100, Location="http://127.0.0.1:1/"),
+            r"with a redirect \(302\), which is not followed: check that -sock",
+        ),
+    ],
+)
+def test_an_answer_that_is_not_taken(
+    any_server: Server | TcpServer, answer: Answer, words: str
+) -> None:
+    """S3: memory is bounded, and nobody sends the parent elsewhere."""
+    any_server.answers["/json"] = answer
+    with pytest.raises(EngineError, match=words):
+        connect_any(any_server).inspect_container("web")
+
+
+def test_a_stream_is_not_redirected(server: Server) -> None:
+    server.answers["/events"] = lambda h: h.send(307, b"", Location="http://127.0.0.1:1/")
+    with pytest.raises(EngineError, match="redirect"):
+        connect(server).events({})
+
+
+def test_nothing_packed_is_asked_for(server: Server) -> None:
+    encodings = []
+
+    def answer(handler: Handler) -> None:
+        encodings.append(handler.headers.get("Accept-Encoding"))
+        handler.send(200, b"{}")
+
+    server.answers["/json"] = answer
+    connect(server).inspect_container("/web")
+    assert encodings == ["identity"]
+    assert server.asked[-1] == "GET /v1.41/containers/web/json"
+
+
+def test_keepalive_over_tcp() -> None:
+    """D3: an event stream stays known to what lies between, and its silent death is noticed."""
+    with TcpServer() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        hold = threading.Event()
+        made.answers["/events"] = chunks(b"1", hold=hold)
+        stream = connect_any(made).events({})
+        options = stream._reader._sock
+        assert options.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert options.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        stream.close()
+        hold.set()
+        made.shutdown()
 
 
 # --- kept connections --------------------------------------------------------------------------

@@ -100,19 +100,22 @@ def test_duplicate_reordered_and_future_events(world: World, start: Start) -> No
         assert address_of(source) == address
 
 
-def test_a_start_told_before_the_death_it_followed(world: World, start: Start) -> None:
-    """D11: the old run's death, told late and twice, does not touch the new run's connections."""
+def test_a_late_stream(world: World, start: Start) -> None:
+    """D11: an old run's death, told late and twice, does not touch the new run's connections."""
     document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
     source = start("web", on_change=lambda: changes.append(None))
     world.containers["web"] = container("web", "10.0.0.9", StartedAt="2026-01-01T00:00:09Z")
     changes.clear()
-    world.send(happened("start", document["Id"], STARTED_NS + 9 * 10**9))
+    world.send(happened("start", document["Id"], STARTED_NS + 4 * 10**9))
     until(lambda: address_of(source) == "10.0.0.9")
     for _ in range(2):
         world.send(happened("die", document["Id"], STARTED_NS + 5 * 10**9))
         settle(world)
+    assert len(changes) == 1
+    world.send(happened("start", document["Id"], STARTED_NS + 9 * 10**9))
+    settle(world)
     assert len(changes) == 1
     assert address_of(source) == "10.0.0.9"
 

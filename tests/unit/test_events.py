@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambassador.discovery.events import FILTERS, EventParser, Subject, death, subject
+from ambassador.discovery.events import (
+    FILTERS,
+    NOBODY,
+    EventParser,
+    Loss,
+    Subject,
+    loss,
+    start,
+    subject,
+)
 
 RECORDED = (Path(__file__).parent / "documents" / "events-20.10.jsonl").read_bytes()
 EVENTS = [json.loads(line) for line in RECORDED.splitlines()]
@@ -120,7 +129,7 @@ def test_podmans_network_event_has_the_container_as_its_id() -> None:
         container_event(Actor={"ID": "", "Attributes": {"name": "web"}}),
         {
             "Type": "network",
-            "Action": "destroy",
+            "Action": "disconnect",
             "Actor": {"ID": "n", "Attributes": {"name": "back"}},
         },
         {"Type": "network", "Actor": {"ID": "n", "Attributes": {"container": 5}}},
@@ -129,6 +138,13 @@ def test_podmans_network_event_has_the_container_as_its_id() -> None:
 )
 def test_an_unknown_event_concerns_every_target(event: object) -> None:
     assert subject(event) is None
+
+
+@pytest.mark.parametrize("action", ["create", "destroy", "remove"])
+def test_a_network_alone_concerns_nobody(action: str) -> None:
+    """Builds make and remove networks all day; to have every target inspected took two thirds of a core."""
+    actor = {"ID": "n", "Attributes": {"name": "back", "type": "bridge"}}
+    assert subject({"Type": "network", "Action": action, "Actor": actor}) == NOBODY
 
 
 def test_filters() -> None:
@@ -140,7 +156,7 @@ def test_filters() -> None:
     assert FILTERS["type"] == ["container", "network"]
 
 
-# --- deaths ---------------------------------------------------------------------------------------
+# --- losses and starts ----------------------------------------------------------------------------
 
 DIE = {
     "Type": "container",
@@ -148,23 +164,53 @@ DIE = {
     "Actor": {"ID": "a" * 64, "Attributes": {"name": "web"}},
     "timeNano": 1_700_000_000_000_000_007,
 }
+AT = 1_700_000_000_000_000_007
+LEAVE = {
+    "Type": "network",
+    "Action": "disconnect",
+    "Actor": {"ID": "n" * 64, "Attributes": {"name": "back", "container": ID}},
+    "timeNano": AT,
+}
 
 
-@pytest.mark.parametrize("action", ["die", "died"])
-def test_a_death_names_the_container_and_the_moment(action: str) -> None:
-    assert death({**DIE, "Action": action}) == ("a" * 64, 1_700_000_000_000_000_007)
+@pytest.mark.parametrize("action", ["die", "died", "destroy", "remove"])
+def test_an_end_names_the_container_and_the_moment(action: str) -> None:
+    assert loss({**DIE, "Action": action}) == Loss("a" * 64, AT)
+    assert loss({**DIE, "Action": action, "timeNano": "soon"}) == Loss("a" * 64, 0)
+
+
+def test_a_disconnect_names_the_network() -> None:
+    assert loss(LEAVE) == Loss(ID, AT, network="n" * 64)
+    podman = {"ID": ID, "Attributes": {"network": "back"}}
+    assert loss({**LEAVE, "Actor": podman}) == Loss(ID, AT, network="back")
+
+
+def test_a_rename_names_the_old_name() -> None:
+    actor = {"ID": ID, "Attributes": {"name": "new", "oldName": "/web"}}
+    assert loss({**DIE, "Action": "rename", "Actor": actor}) == Loss(ID, AT, old_name="web")
 
 
 @pytest.mark.parametrize(
     "event",
     [
         {**DIE, "Action": "kill"},
+        {**DIE, "Action": "rename"},
+        {**DIE, "Action": []},
         {**DIE, "Type": "network"},
-        {**DIE, "timeNano": "soon"},
+        {**LEAVE, "Action": "connect"},
+        {**LEAVE, "Action": "destroy"},
+        {**LEAVE, "Actor": {"ID": 7, "Attributes": {"container": ID}}},
         {**DIE, "Actor": None},
         None,
         [],
     ],
 )
-def test_nothing_else_is_a_death(event: object) -> None:
-    assert death(event) is None
+def test_nothing_else_is_a_loss(event: object) -> None:
+    assert loss(event) is None
+
+
+def test_a_start() -> None:
+    assert start({**DIE, "Action": "start"}) == ("a" * 64, AT)
+    assert start(DIE) is None
+    assert start({**LEAVE, "Action": "start"}) is None
+    assert start(None) is None

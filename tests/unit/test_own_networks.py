@@ -262,7 +262,9 @@ def test_a_short_id_is_a_hostname_of_twelve_digits(monkeypatch: pytest.MonkeyPat
         assert own_short_id() == expected
 
 
-def test_own_networks_stand_while_they_cannot_be_refreshed(world: World, start: Start) -> None:
+def test_own_networks_stand_while_they_cannot_be_refreshed(
+    world: World, start: Start, log: Log
+) -> None:
     own = copy.deepcopy(DOCUMENTS["ambassador-default"])
     world.containers = {own["Id"]: own, "web": DOCUMENTS["default-bridge"] | {"Name": "/web"}}
     source = start("web", own_id=lambda: own["Id"])
@@ -272,6 +274,8 @@ def test_own_networks_stand_while_they_cannot_be_refreshed(world: World, start: 
     until(lambda: world.inspects("web") > before)
     settle(world)
     assert (address_of(source), source.targets()[0].problem) == ("172.29.0.2", "")
+    until(lambda: world.inspects(own["Id"]) > 3)
+    assert len(log.having("own networks not refreshed, keeping them")) == 1
 
 
 # --- a hung inspect of the own container ---------------------------------------------------------

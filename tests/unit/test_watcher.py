@@ -351,15 +351,62 @@ def test_changes_are_logged_again_after_a_minute(world: World, start: Start, log
     until(lambda: len(log.having("target is running")) == before_that + 1)
 
 
+def test_the_last_line_is_the_present_state(world: World, start: Start, log: Log) -> None:
+    now = [0.0]
+    runs = iter(range(10_000))
+    world.containers["web"] = lambda: container("web", StartedAt=f"run {next(runs)}")
+    source = start("web", debounce=0.0, clock=lambda: now[0])
+    for _ in range(LOUD_CHANGES + 5):
+        before = source.targets()[0]
+        world.send(event("web"))
+        until(lambda before=before: source.targets()[0] != before)  # type: ignore[misc]
+    world.containers["web"] = last = container("web", "10.0.0.9", StartedAt="last")
+    now[0] = 59.95
+    world.send(event("web"))
+    until(lambda: address_of(source) == "10.0.0.9")
+    settle(world)
+    assert not log.having("10.0.0.9")
+    now[0] = 60.5
+    until(lambda: log.having("10.0.0.9"))  # without an event
+    settle(world)
+    (line,) = log.having("10.0.0.9")
+    assert "'changes_left_out'" in line and last["Id"][:12] in line
+
+
+def test_an_inspect_that_takes_long_is_one_line(world: World, start: Start, log: Log) -> None:
+    """D13: it is waited for, and the user knows."""
+    now, go_on = [0.0], threading.Event()
+
+    def slow() -> Any:
+        go_on.wait(5)
+        return container("web")
+
+    world.containers["web"] = slow
+    source = start("web", wait=False, ping_every=0.01, clock=lambda: now[0])
+    until(lambda: world.inspects("web") == 1 and world.calls.count("ping") > 3)
+    assert not log.having("takes long")
+    now[0] = 11.0
+    until(lambda: log.having("inspect takes long: check the daemon"))
+    count = world.calls.count("ping")
+    until(lambda: world.calls.count("ping") > count + 3)
+    assert len(log.having("takes long")) == 1
+    go_on.set()
+    until(lambda: address_of(source) == "10.0.0.2")
+
+
 # --- a death -----------------------------------------------------------------------------------
 
 STARTED = "2026-01-01T00:00:00.5Z"
 STARTED_NS = 1_767_225_600_500_000_000
 
 
+def told(action: str, ident: str, at: int, name: str = "web") -> bytes:
+    value = json.loads(event(name, ident))
+    return json.dumps({**value, "Action": action, "timeNano": at}).encode() + b"\n"
+
+
 def died(ident: str, at: int) -> bytes:
-    value = json.loads(event("web", ident))
-    return json.dumps({**value, "Action": "die", "timeNano": at}).encode() + b"\n"
+    return told("die", ident, at)
 
 
 def test_a_death_drops_the_address_before_inspect_answers(world: World, start: Start) -> None:
@@ -411,17 +458,190 @@ def test_an_inspect_from_before_the_death_is_discarded(world: World, start: Star
 
 @pytest.mark.parametrize("at", [STARTED_NS - 1000, STARTED_NS])
 def test_an_old_death_changes_nothing(world: World, start: Start, at: int) -> None:
-    """D11: the run that is known began after it; its connections must not be reset."""
+    """D11: the stream is late: it has told the start of an older run, so the death is that run's."""
     document = container("web", StartedAt=STARTED)
     world.containers["web"] = document
     changes: list[None] = []
     source = start("web", on_change=lambda: changes.append(None))
     settle(world)
     before = len(changes)
-    world.send(died(document["Id"], at))
+    world.send(told("start", document["Id"], STARTED_NS - 2_000_000))
+    world.send(told("die", document["Id"], at))
     settle(world)
     assert len(changes) == before
     assert address_of(source) is not None
+
+
+@pytest.mark.parametrize("start_is_told", [False, True])
+def test_a_death_after_the_clock_was_set_back(
+    world: World, start: Start, start_is_told: bool
+) -> None:
+    """D11: the order of the stream decides, not the time: the address may be a stranger's."""
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    source = start("web")
+    if start_is_told:
+        world.send(told("start", document["Id"], STARTED_NS + 1000))
+        settle(world)
+    hold = threading.Event()
+    world.containers["web"] = lambda: hold.wait(5) and document
+    world.send(told("die", document["Id"], STARTED_NS - 3600 * 10**9))
+    until(lambda: address_of(source) is None, 1.0)
+    hold.set()
+
+
+def test_a_start_of_the_former_stream_proves_nothing(world: World, start: Start) -> None:
+    """C4: what was missed between two streams may be the start of the run that is known."""
+    document = container("web", StartedAt=STARTED)
+    world.containers["web"] = document
+    source = start("web")
+    world.send(told("start", document["Id"], STARTED_NS - 2_000_000))
+    settle(world)
+    world.streams[-1].close()
+    until(lambda: len(world.streams) == 2)
+    settle(world)
+    hold = threading.Event()
+    world.containers["web"] = lambda: hold.wait(5) and document
+    world.send(told("die", document["Id"], STARTED_NS - 1_000_000))
+    until(lambda: address_of(source) is None, 1.0)
+    hold.set()
+
+
+@pytest.mark.parametrize("role", ["same container", "first run of a new one", "network's owner"])
+def test_a_death_during_the_inspect_of_the_start(world: World, start: Start, role: str) -> None:
+    """C4: the answer from before the death is void, whatever the address was: it may be a stranger's."""
+    if role == "network's owner":
+        name, document, dying = "sidecar", DOCUMENTS["joined"], DOCUMENTS["user-network"]
+        world.containers[dying["Id"]] = dying
+    else:
+        name, document = "web", container("web", StartedAt=STARTED)
+        dying = document
+    if role == "same container":
+        world.containers[name] = {**document, "State": {**document["State"], "Running": False}}
+    source = start(name)
+    assert address_of(source) is None
+    seen: set[str | None] = set()
+    asked, answer, hold = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        world.containers[name] = again
+        asked.set()
+        answer.wait(5)
+        return document
+
+    def again() -> Any:
+        hold.wait(5)
+        return None
+
+    world.containers[name] = slow
+    world.send(told("start", document["Id"], STARTED_NS + 1, name))
+    assert asked.wait(5)
+    world.send(told("die", dying["Id"], STARTED_NS + 2, "dying"))
+    time.sleep(0.05)
+    answer.set()
+    deadline = time.monotonic() + 0.2
+    while time.monotonic() < deadline:
+        seen.add(address_of(source))
+    assert seen == {None}
+    until(lambda: world.inspects(name) >= 3)  # it is asked again, though no event names it
+    hold.set()
+
+
+NETWORK = DOCUMENTS["default-bridge"]["NetworkSettings"]["Networks"]["bridge"]["NetworkID"]
+
+
+def left(network: str, name: str, ident: str, *, podman: bool = False) -> bytes:
+    actor = {"ID": network, "Attributes": {"container": ident, "name": name}}
+    if podman:
+        actor = {"ID": ident, "Attributes": {"network": name}}
+    value = {"Type": "network", "Action": "disconnect", "Actor": actor}
+    return json.dumps(value).encode() + b"\n"
+
+
+def renamed(ident: str, old: str, new: str) -> bytes:
+    value = json.loads(event(new, ident, oldName=f"/{old}"))
+    return json.dumps({**value, "Action": "rename"}).encode() + b"\n"
+
+
+WEB = container("web")["Id"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_hit"),
+    [
+        (left(NETWORK, "bridge", WEB), True),
+        (left(NETWORK, "bridge", WEB, podman=True), True),
+        (left("0" * 64, "other", WEB), False),
+        (left(NETWORK, "bridge", "e" * 64), False),
+        (renamed(WEB, "web", "old"), True),
+        (renamed(WEB, "other", "web"), False),
+        (renamed("e" * 64, "web", "old"), False),
+        (told("destroy", WEB, 0), True),
+        (told("stop", WEB, 0), False),
+    ],
+)
+def test_a_loss_is_believed_before_inspect_answers(
+    world: World, start: Start, loss: bytes, is_hit: bool
+) -> None:
+    """C4: an inspect may be slow or fail; whoever gets the address meanwhile is a stranger."""
+    document = container("web")
+    world.containers["web"] = document
+    source = start("web")
+    hold, asked = threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        asked.set()
+        hold.wait(5)
+        return EngineError("out of order", status=500)
+
+    world.containers["web"] = slow
+    world.send(loss + event("web"))
+    assert asked.wait(5)
+    time.sleep(0.02)
+    assert address_of(source) == (None if is_hit else "10.0.0.2")
+    hold.set()
+    settle(world)
+    assert address_of(source) == (None if is_hit else "10.0.0.2")
+
+
+def test_a_target_given_by_id_keeps_its_address_when_it_is_renamed(
+    world: World, start: Start
+) -> None:
+    short = WEB[:12]
+    world.containers[short] = world.containers[WEB] = container("web")
+    changes: list[None] = []
+    source = start(short, on_change=lambda: changes.append(None))
+    changes.clear()
+    world.send(renamed(WEB, "web", "old") + renamed(WEB, short, "old"))
+    settle(world)
+    assert address_of(source) == "10.0.0.2" and not changes
+
+
+# --- a target that is given by its ID ------------------------------------------------------------
+
+
+def test_a_container_named_like_the_id_is_not_the_target(
+    world: World, start: Start, log: Log
+) -> None:
+    """I1: Docker's inspect prefers names to beginnings of IDs."""
+    short = WEB[:12]
+    world.containers[short] = world.containers[WEB] = container("web")
+    source = start(short)
+    stranger = container(short, "10.0.0.66", ident="e" * 64)
+    world.containers[short] = stranger
+    for _ in range(2):
+        world.send(told("start", stranger["Id"], 0, short))
+        settle(world)
+    world.streams[-1].close()  # all are inspected
+    until(lambda: len(world.streams) == 2)
+    settle(world)
+    assert address_of(source) == "10.0.0.2"
+    assert len(log.having("another container is named like this id: rename it")) == 1
+    del world.containers[WEB]
+    world.send(told("destroy", WEB, 0))
+    until(lambda: address_of(source) is None)
+    settle(world)
+    assert address_of(source) is None
 
 
 def test_another_containers_death_changes_nothing(world: World, start: Start) -> None:
