@@ -45,6 +45,7 @@ def test_whatever_raises(tmp_path: Path) -> None:
     try:
         for port in (good, broken):
             wait_until(lambda port=port: accepts(port), f"{port} is not served")  # type: ignore[misc]
+        process.send_signal(signal.SIGCHLD)
         wait_until(lambda: said.read_text().count("internal error") >= 3, "not all is said")
     finally:
         process.send_signal(signal.SIGTERM)
@@ -83,7 +84,6 @@ def _run(broken: int, good: int) -> int:
     server = ForkServer.fork()
     logs.setup("debug")
     supervisor = Supervisor(server, desired, sandbox=Sandbox.AUTO, timings=Timings(start_retry=0.1))
-    subprocess.Popen(["true"])  # its end is a signal that cannot be handled
     return supervisor.run()
 
 
