@@ -20,7 +20,6 @@ from ambassador.supervise.supervisor import Supervisor
 from ambassador.supervise.timings import Timings
 from ambassador.supervise.worker_path import WorkerPath
 from ambassador.system import logs
-from ambassador.system.processes import reap_children
 from ambassador.values import Protocol
 from tests.support.net import free_port
 from tests.support.wait import TIMEOUT_S, wait_until
@@ -46,6 +45,7 @@ def test_whatever_raises(tmp_path: Path) -> None:
     try:
         for port in (good, broken):
             wait_until(lambda port=port: accepts(port), f"{port} is not served")  # type: ignore[misc]
+        process.send_signal(signal.SIGCHLD)
         wait_until(lambda: said.read_text().count("internal error") >= 3, "not all is said")
     finally:
         process.send_signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ def _run(broken: int, good: int) -> int:
     listens = [ListenAddress(Protocol.TCP, port) for port in (broken, good)]
     backend = (Backend("127.0.0.1", 9),)
     wanted = DesiredState({each: ListenerSpec(each, "web", "", backend) for each in listens})
-    open_path, reap = WorkerPath.open, reap_children
+    open_path, reap = WorkerPath.open, vars(module)["reap_children"]
 
     def desired() -> DesiredState:
         for error in states:
@@ -80,11 +80,10 @@ def _run(broken: int, good: int) -> int:
         raise RuntimeError("no signal")
 
     vars(module)["reap_children"] = reap_and_raise
-    setattr(WorkerPath, "open", open_or_raise)  # noqa: B010 - mypy knows no other way
+    setattr(WorkerPath, "open", open_or_raise)  # noqa: B010 - mypy forbids the plain way
     server = ForkServer.fork()
     logs.setup("debug")
     supervisor = Supervisor(server, desired, sandbox=Sandbox.AUTO, timings=Timings(start_retry=0.1))
-    subprocess.Popen(["sleep", "1"])  # its end is a signal that cannot be handled
     return supervisor.run()
 
 
