@@ -7,11 +7,9 @@ worker 0.15 MB more (CPython 3.11).
 
 Invariants:
 
-- The child has one thread, and the descriptors that it was passed: listener, control pipe, its own
-  counters page, and its siblings' pages to read. It has standard error, which is the parent's log, until
-  its loop
-  exists (without a sandbox for ever: sanitizers report there). All it knows comes over the control pipe:
-  Start
+- The child has one thread, and the descriptors that it was passed: listener, control pipe, its own counters
+  page, and its siblings' pages to read. It has standard error, the parent's log, until its loop exists;
+  without a sandbox for ever, since sanitizers report there. All it knows comes over the control pipe: Start
   first, then Updates, then Drain.
 - It enters its sandbox after its Start and before its loop exists, so before any traffic. It serves no client
   before its first Update.

@@ -73,12 +73,12 @@ def test_several_networks(stage: Stage) -> None:
 
     ambassador = stage.run_ambassador("-name", db.name)
     overruled = stage.run_ambassador("-name", db.name, "-network", second, short="overruled")
+    host, other = ambassador.address("bridge"), overruled.address("bridge")
+    for address in (host, other):
+        wait_until_accepts(address)  # so far they share the default network only
     for each in (ambassador, overruled):
         for network in (second, first):
             stage.docker("network", "connect", network, each.name)
-    host, other = ambassador.address("bridge"), overruled.address("bridge")
-    for address in (host, other):
-        wait_until_accepts(address)
 
     assert reached_at(host) == db.address("bridge")  # what was shared first
     wait_until_reached_at(other, db.address(second))
