@@ -82,7 +82,7 @@ def test_listeners_by_descriptors(
 
 
 def test_udp_workers_share_the_local_ports() -> None:
-    """U15: all together get three quarters of them; a share changes when their number doubles."""
+    """R8: all together get three quarters of them; a share changes when their number doubles."""
     limits = PortLimits(100_000, 28_000)
     options = ListenerOptions()
     assert limits.resolve(options).max_sessions == SESSIONS

@@ -191,7 +191,7 @@ def many(name: str, first: int, last: int, protocol: Protocol = TCP) -> TargetSt
 
 
 def test_clashes_of_two_targets_are_one_line() -> None:
-    """C7: linear work, however many ports both expose."""
+    """R7: linear work, however many ports both expose."""
     both = [many(name, 1000, 65535, UDP) for name in ("one", "two", "three")]
     begin = time.process_time()
     first, second = merge(both, DEFAULTS).problems
@@ -227,7 +227,7 @@ def test_what_fits_is_left_alone() -> None:
 
 
 def test_a_target_that_wants_too_many_takes_nothing_from_another() -> None:
-    """C8: whichever is named first, and also if the other comes later."""
+    """R7: whichever is named first, and also if the other comes later."""
     evil, good = many("evil", 30000, 31100), many("good", 6000, 6009)
     for order in ((evil, good), (good, evil)):
         desired = fitted((), *order)
@@ -243,7 +243,7 @@ def test_a_target_that_wants_too_many_takes_nothing_from_another() -> None:
 
 
 def test_what_runs_stays() -> None:
-    """C8: a newcomer takes what is free, and of its own ports those that run come first."""
+    """R7: a newcomer takes what is free, and of its own ports those that run come first."""
     running = many("old", 40000, 40900)
     desired = fitted(running.ports, many("new", 1, 900), running)
     assert set(running.ports) <= set(desired.listeners)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HOW_MANY = {"D": 14, "C": 13, "W": 8, "P": 6, "T": 17, "U": 17, "R": 5, "I": 4, "S": 7}
+HOW_MANY = {"D": 14, "C": 13, "W": 8, "P": 6, "T": 17, "U": 17, "R": 8, "I": 4, "S": 9}
 FAULTS = [f"{kind}{number + 1}" for kind, many in HOW_MANY.items() for number in range(many)]
 ROW = re.compile(r"\| ([A-Z]\d+) \| (.+) \| (.+) \| (.+) \|")
 
