@@ -26,8 +26,11 @@ from ambassador._linux cimport (
     ENOBUFS,
     ENOMEM,
     MSG_DONTWAIT,
+    SOL_SOCKET,
+    SO_ERROR,
     close,
     errno,
+    getsockopt,
     send,
     socklen_t,
 )
@@ -359,6 +362,17 @@ cdef inline void probe_refused(loop_t *loop) noexcept nogil:
     loop.retry_ms = min(2 * loop.retry_ms, MAX_PROBE_RETRY_MS)
 
 
+cdef inline void probe_check(loop_t *loop) noexcept nogil:
+    """Before the probe's socket is closed: its refusal may have come since the last turn."""
+    cdef int error = 0
+    cdef socklen_t length = sizeof(error)
+    if loop.probe == NULL or loop.probe.fd < 0:
+        return
+    if getsockopt(loop.probe.fd, SOL_SOCKET, SO_ERROR, &error, &length) == 0 and error == ECONNREFUSED:
+        loop.tally[REFUSED] += 1
+        probe_refused(loop)
+
+
 cdef inline void probe_passed(loop_t *loop) noexcept nogil:
     """The backend listens: release every queue."""
     cdef session_t *session
@@ -481,6 +495,7 @@ cdef inline void sessions_update(loop_t *loop, bint came) noexcept nogil:
     cdef session_t *session
     cdef session_t *newer
     cdef int i
+    probe_check(loop)
     for i in range(SESSION_LISTS):
         session = session_oldest(loop, i)
         while session != NULL:
