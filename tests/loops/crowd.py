@@ -328,7 +328,7 @@ class Crowd:
 
     @property
     def lingering(self) -> list[End]:
-        """What is doomed and has not seen its end."""
+        """What must be reset and has not seen it yet."""
         return [end for end in self.present if end.doomed_at is not None and not end.end]
 
 

@@ -464,7 +464,7 @@ def machine(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         first.open(narrow=False)
         first.write(number, 2_000_000, unread=False)
         first.send(number, 65_507, 40)
-    with stopped(first.workers[Protocol.UDP].pid):  # then a batch fills all of the inbox
+    with stopped(first.workers[Protocol.UDP].pid):  # then a batch fills all of the receive batch
         first.send(0, 65_507, 200)
     first.settle_tcp()
     first.settle_udp()
@@ -502,7 +502,7 @@ def test_bytes_in_flight(machine: type[Machine], side: str, narrow: bool, steps:
             state.crowd.write(backend, 1)
             state.until(lambda: client.got, "its name", RESET_S)
         state.crowd.pause(reader, paused=True)
-        # A spill is what is left of the second read here; a pipe holds what is bulk.
+        # What is unsent is what is left of the second read here; a pipe holds what is bulk.
         state.crowd.write(sender, 125_000 if narrow else 20_000_000)
         state.until(lambda: state.in_flight() > 0, "bytes in flight", RESET_S)
         if steps == "fin":  # the next read finds the end behind its bytes, and little room for them

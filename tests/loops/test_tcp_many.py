@@ -23,7 +23,7 @@ def tag(number: int) -> bytes:
 
 
 def at_rest(worker: Worker) -> int:
-    """The number of its descriptors once no connection is left, and nothing pooled or parked."""
+    """The number of its descriptors once no connection is left, and nothing pooled or spare."""
     worker.wait_for(active=0, held=0, pipes_open=0, spare=0)
     return len(worker.descriptors())
 

@@ -45,23 +45,23 @@ def visit(peers: Peers, worker: Worker, server: socket.socket, first: str, data:
         end.close()
 
 
-def until_parked(worker: Worker, live: Callable[[], object]) -> None:
-    """Lead connection after connection until one leaves a parked socket.
+def until_spare(worker: Worker, live: Callable[[], object]) -> None:
+    """Lead connection after connection until one leaves a spare socket.
 
     Not each does: while the last acknowledgement is on its way, as where both sides end at the same moment,
     the socket is left to the kernel (backend_rests in _splice.pyx). On a busy machine that is seen often.
     """
 
-    def parked() -> bool:
+    def spare() -> bool:
         live()
         worker.wait_for(active=0)
         return worker.counter("spare") > 0
 
-    wait_until(parked, "no socket is parked")
+    wait_until(spare, "no socket is spare")
 
 
 def until_reused(worker: Worker, live: Callable[[], object], times: int) -> None:
-    """Lead connection after connection until so many had a parked socket; each that could, had one."""
+    """Lead connection after connection until so many had a spare socket; each that could, had one."""
     reused = 0
 
     def enough() -> bool:
@@ -109,7 +109,7 @@ def test_what_one_connection_was_the_next_is_not(start_tcp: StartWorker, peers: 
             end.shutdown(socket.SHUT_WR)
         assert read_to_end(client) == read_to_end(backend) == b""
 
-    until_parked(worker, be_urgent)
+    until_spare(worker, be_urgent)
     worker.wait_for(spare=1, reused=0)
     client, backend = peers.pair(worker, server)
     exchange(client, backend, 8 * MIB)
@@ -124,7 +124,7 @@ def test_what_was_bulk_is_not_used_again(start_tcp: StartWorker, peers: Peers) -
     visit(peers, worker, server, "client", random.Random(2).randbytes(8 * MIB))
     assert worker.counter("pipes_open") > 0, "nothing was spliced"
     worker.wait_for(closed=1, active=0, spare=0)
-    until_parked(worker, lambda: visit(peers, worker, server, "client", b"next"))
+    until_spare(worker, lambda: visit(peers, worker, server, "client", b"next"))
     worker.wait_for(spare=1, reused=0)
 
 
@@ -167,7 +167,7 @@ def test_a_refused_socket_leaves_nothing_to_its_successor(
         for end in (client, backend):
             end.close()
 
-    until_parked(worker, write_twice)
+    until_spare(worker, write_twice)
     address = server.getsockname()
     server.close()
     client = peers.connect(worker)
@@ -186,7 +186,7 @@ def _two_writes(client: socket.socket, backend: socket.socket) -> None:
 
 
 def test_many_at_once(start_tcp: StartWorker, peers: Peers) -> None:
-    """Invariants 2 and 4: bursts of more than may be parked; each byte is its own connection's."""
+    """Invariants 2 and 4: bursts of more than may be spare; each byte is its own connection's."""
     server = peers.server()
     worker = start_tcp(destination(server))
     baseline = len(worker.descriptors())
@@ -218,7 +218,7 @@ def test_many_at_once(start_tcp: StartWorker, peers: Peers) -> None:
 
 
 def test_no_event_of_a_former_life(start_tcp: StartWorker, peers: Peers) -> None:
-    """T17: one wait tells of new clients first, then that a socket has ended which has been parked since."""
+    """T17: one wait tells of new clients first, then that a socket has ended which has been spare since."""
     server = peers.server()
     worker = start_tcp(destination(server))
 
@@ -238,7 +238,7 @@ def test_no_event_of_a_former_life(start_tcp: StartWorker, peers: Peers) -> None
             end.sendall(bytes([number]))
         assert sorted(read_exactly(end, 1) for end in backends) == [bytes([n]) for n in range(12)]
         done = worker.counter("reused") > 0
-        worker.repoint()  # the next try, if there is one, finds nothing parked
+        worker.repoint()  # the next try, if there is one, finds nothing spare
         for end in (*clients, *backends):
             end.close()
         worker.repoint(destination(server, 1 + worker.generation))
@@ -284,11 +284,11 @@ def test_a_reset_is_the_end_of_the_socket(start_tcp: StartWorker, peers: Peers, 
 
 
 def test_a_repoint_takes_none_along(start_tcp: StartWorker, peers: Peers) -> None:
-    """C2: what was parked under the old list is closed with it."""
+    """C2: what was spare under the old list is closed with it."""
     server, other = peers.server(), peers.server("::1")
     worker = start_tcp(destination(server))
     baseline = len(worker.descriptors())
-    until_parked(worker, lambda: visit(peers, worker, server, "backend", b"old"))
+    until_spare(worker, lambda: visit(peers, worker, server, "backend", b"old"))
     worker.repoint(destination(other, 2))
     assert worker.counter("spare") == 0  # and not only after a quiet heartbeat
     assert len(worker.descriptors()) == baseline
@@ -309,36 +309,36 @@ def test_backends_of_two_families(start_tcp: StartWorker, peers: Peers) -> None:
 
     for _ in range(10):
         live()
-    until_parked(worker, live)
+    until_spare(worker, live)
     worker.wait_for(dial_failed=0, held_total=0, reset=0, rejected=0, reused=0, spare=1)
 
 
 @pytest.fixture
 def narrow(start_tcp: StartWorker, peers: Peers) -> tuple[Worker, socket.socket, int]:
-    """A worker with ten parked sockets, its server, and how many descriptors it may have besides."""
+    """A worker with ten spare sockets, its server, and how many descriptors it may have besides."""
     server = peers.server()
     worker = start_tcp(destination(server))
     watched = Watched(worker.pid, worker.protocol)
     first = watched.next_descriptor()
 
-    def ten_are_parked() -> bool:
-        worker.repoint(destination(server))  # closes what is parked: each try finds the same room
+    def ten_are_spare() -> bool:
+        worker.repoint(destination(server))  # closes what is spare: each try finds the same room
         pairs = [peers.pair(worker, server) for _ in range(10)]
         for client, backend in pairs:
             client.close()
-            assert read_to_end(backend) == b""  # or the two ends cross: see until_parked
+            assert read_to_end(backend) == b""  # or the two ends cross: see until_spare
             backend.close()
         worker.wait_for(active=0)
         return worker.counter("spare") == 10
 
-    wait_until(ten_are_parked, "ten sockets are never parked at once")
-    limit = first + 6  # about three of the clients', which are free, and three that are parked
+    wait_until(ten_are_spare, "ten sockets are never spare at once")
+    limit = first + 6  # about three of the clients', which are free, and three that are spare
     watched.descriptor_limit(limit)
     return worker, server, limit - sum(fd < limit for fd in worker.descriptors())
 
 
-def test_parked_sockets_make_room(narrow: tuple[Worker, socket.socket, int], peers: Peers) -> None:
-    """R1: before descriptors count as gone, what is parked is closed; no client waits for that."""
+def test_spare_sockets_make_room(narrow: tuple[Worker, socket.socket, int], peers: Peers) -> None:
+    """R1: before descriptors count as gone, what is spare is closed; no client waits for that."""
     worker, server, free = narrow
     for number in range(free + 1):
         client, backend = peers.pair(worker, server)
