@@ -249,18 +249,24 @@ def test_without_deadlines_nothing_ends(start_tcp: StartWorker, peers: Peers) ->
     assert read_exactly(client, 10) == b"still here"
 
 
+@pytest.mark.alone
 def test_a_udp_client_is_forgotten_after_the_time_that_was_set(run: Run, peers: Peers) -> None:
-    """U6: -udp-timeout: after it the backend sees the client from another port."""
+    """U6: -udp-timeout: after it the backend sees the client from another port.
+
+    The client answers a reply with its second datagram. From then on it has the whole time, before a third.
+    """
     server, client = peers.udp(), peers.udp()
     port = free_port()
-    program = run("-udp-timeout", "300ms", f"{port}/udp=127.0.0.1:{server.getsockname()[1]}")
+    program = run("-udp-timeout", "1500ms", f"{port}/udp=127.0.0.1:{server.getsockname()[1]}")
     program.has(f"{port}/udp", 1)
     seen = []
-    for pause in (0, 0.1, 0.6):
+    for pause in (0, 0.05, 0.7, 1.9):
         time.sleep(pause)
         client.sendto(b"x", ("127.0.0.1", port))
         seen.append(server.recvfrom(10)[1])
-    assert seen[0] == seen[1] != seen[2]
+        server.sendto(b"y", seen[-1])
+        assert client.recv(10) == b"y"
+    assert seen[0] == seen[1] == seen[2] != seen[3]
 
 
 def test_udp_sessions_make_room(run: Run, peers: Peers) -> None:
