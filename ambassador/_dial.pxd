@@ -41,7 +41,7 @@ from ambassador._linux cimport (
 )
 from ambassador._loop cimport epoll_add
 from ambassador._options cimport GSO
-from ambassador._udp cimport REDIAL_MS, SOCKET_BUFFER, TO_BACKEND, loop_t, session_t
+from ambassador._udp cimport REDIAL_MS, SETTLED, SOCKET_BUFFER, TO_BACKEND, loop_t, session_t
 
 
 cdef inline void socket_set_hops(int fd, backend_t *backend, int hops) noexcept nogil:
@@ -107,4 +107,5 @@ cdef inline bint socket_redial(loop_t *loop, session_t *session, int error) noex
         return True
     close(session.fd)
     session.fd = -1
+    session.flags &= ~SETTLED
     return False

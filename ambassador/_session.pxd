@@ -220,7 +220,7 @@ cdef inline bint session_evict(loop_t *loop, session_t *spared, bint socket, bin
     if victim == NULL and assured:  # only now: newcomers must not drive out assured sessions
         victim = session_oldest(loop, ASSURED_LIST)
     # A session of the batch in hand stays: its messages are about to be sent.
-    if victim == NULL or victim == spared or victim.first:
+    if victim == NULL or victim == spared or victim.first or (socket and victim.fd < 0):
         return False
     session_close(loop, victim, SESSIONS_EVICTED)
     return True
@@ -460,15 +460,20 @@ cdef inline void session_forward(loop_t *loop, session_t *session) noexcept nogi
     cdef uint32_t i, length, segment, count
     cdef uint32_t following = session.first
     cdef int dropped
-    session.first = 0
-    while following:
+    while following:  # until its end session.first keeps an eviction away
         i = following - 1
         following = batch.following[i]
         length = batch.messages[i].msg_len
         segment = message_segment(&batch.messages[i].msg_hdr, NULL, NULL)
         count = message_datagrams(length, segment)
-        # No refusal so far, and no room to wait for one: better too early than not at all.
-        if loop.probing_until and loop.probe != NULL and session.queue_length + count > MAX_QUEUED:
+        if (
+            session_must_wait(loop, session)
+            and loop.probing_until
+            and loop.probe != NULL
+            and session.queue_length + count > MAX_QUEUED
+        ):
+            # No refusal so far, and no room to wait for one: better too early than not at all. Who waits has
+            # nothing in the send batch, which is of one session.
             probe_passed(loop)
         if session_must_wait(loop, session):
             session_enqueue(loop, session, <char *>batch.iov[i].iov_base, length, segment)
@@ -482,6 +487,7 @@ cdef inline void session_forward(loop_t *loop, session_t *session) noexcept nogi
             session_release(loop, session)
         send_add(loop, session, TO_BACKEND, batch.iov[i].iov_base, length, segment)
     send_flush(loop, TO_BACKEND)
+    session.first = 0
 
 
 # ---------------------------------------------------------------------------------------------- update

@@ -100,6 +100,7 @@ def fit(
     Those that run stay. Then each target gets up to an equal share. What is left goes to those who want
     more, but for RESERVED listeners for each of the others, which may come later.
     """
+    limit = max(limit, sum(listen in running for listen in desired.listeners))
     if len(desired.listeners) <= limit:
         return desired
     wanted: dict[str, list[ListenAddress]] = {name: [] for name in desired.targets}

@@ -216,7 +216,10 @@ class OwnNetworksWatcher:
             if not networks.host:
                 return networks
             # Read anew each time: a bridge gets its address when its network is made, without an event.
-            return replace(networks, addresses=self._place.addresses())
+            addresses = self._place.addresses()
+            if not addresses:  # there is a loopback address at least
+                raise EngineError("own addresses cannot be read: raise ulimit -n")
+            return replace(networks, addresses=addresses)
         if error is not None:
             raise EngineError(str(error), status=error.status)
         raise EngineError("own container not inspected in time: check whether the daemon is stuck")
@@ -289,7 +292,7 @@ class OwnNetworksWatcher:
         except EngineError as error:
             fields = {"error": str(error)}
             self._log.debug("no info, assuming a rootful Engine", extra={"fields": fields})
-            if error.status is None:
+            if error.status is None or error.status >= 500:
                 return {}  # no answer: ask again at the next refresh
             info = {}
         self._info = engine, info

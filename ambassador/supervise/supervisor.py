@@ -221,8 +221,9 @@ class Supervisor:
         self._close(listen, 0)
 
     def _open(self, spec: ListenerSpec) -> None:
-        listener = self._listeners[spec.listen] = RunningListener(spec)
-        path = self._paths[spec.listen] = self._new_path(listener)
+        listener = RunningListener(spec)
+        path = self._new_path(listener)
+        self._listeners[spec.listen], self._paths[spec.listen] = listener, path
         listener.open([path])
 
     def _close(self, listen: ListenAddress, deadline_ms: int) -> None:

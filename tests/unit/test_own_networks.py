@@ -173,7 +173,7 @@ def test_an_engine_that_does_not_know_the_own_container(
 def test_a_gateway_that_comes_later_counts(world: World, start: Start) -> None:
     """A bridge gets its address with its network: no event of the own container tells."""
     world.containers["web"] = container("web")
-    addresses: set[str] = set()
+    addresses = {"127.0.0.1"}
     source = start("web", addresses=lambda: frozenset(addresses))
     until(lambda: "where the host has no address" in source.targets()[0].problem)
     addresses.add("172.29.0.1")
