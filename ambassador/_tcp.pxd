@@ -1,4 +1,4 @@
-"""The vocabulary of the TCP loop: limits, enums, structs. Its parts cimport all of it.
+"""The TCP loop's limits, enums, counters and structs. Its parts cimport all of it.
 
 `loop.tally` and the page are written and never read: what decides is a field of the loop.
 """

@@ -1,4 +1,4 @@
-"""The UDP loop's vocabulary: limits, enums, counters, structs. No functions.
+"""The UDP loop's limits, enums, counters and structs. No functions.
 
 _dial.pxd, _batch.pxd, _session.pxd and _datagram.pyx work on these; each may use what stands before it in
 this list.

@@ -63,7 +63,7 @@ class Attachment:
 
 
 class Network(NamedTuple):
-    """What never changes about a network: its driver and the gateways that are the driver's own.
+    """What never changes about a network: its driver, the gateways that are the driver's own, its subnets.
 
     Docker lists no gateway if the user gave a subnet only. `router`: another machine can be the gateway.
     """
@@ -71,6 +71,7 @@ class Network(NamedTuple):
     driver: str
     gateways: frozenset[str] = frozenset()
     router: bool = False
+    subnets: frozenset[str] = frozenset()
 
 
 class ExposedPorts(NamedTuple):
@@ -277,7 +278,18 @@ def _network_of(listed: Mapping[str, Any]) -> Network:
     # --aux-address DefaultGatewayIPv4=ADDRESS, or the daemon's --default-gateway.
     names = (name for each in configs for name in section(each, "AuxiliaryAddresses"))
     router = any(name.startswith("DefaultGatewayIPv") for name in names)
-    return Network(driver, frozenset(filter(None, gateways)), router)
+    subnets = (_subnet(text(each, "Subnet")) for each in configs)
+    return Network(
+        driver, frozenset(filter(None, gateways)), router, frozenset(filter(None, subnets))
+    )
+
+
+def _subnet(value: str) -> str:
+    """The IP network in its shortest form; "" for what is none."""
+    try:
+        return str(ipaddress.ip_network(value, strict=False)) if value else ""
+    except ValueError:
+        return ""
 
 
 def is_rootless(info: Document) -> bool:

@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -303,10 +304,18 @@ def _is_bridge(place: Attachment, networks: Mapping[str, Network]) -> bool:
 def _has_host(
     place: Attachment, own_networks: OwnNetworks, networks: Mapping[str, Network]
 ) -> bool:
-    """Whether an own interface has the network's gateway address. A container may have another gateway."""
-    network = _network(place, networks)
-    gateways = {place.gateway, *(network.gateways if network is not None else ())}
-    return not own_networks.addresses.isdisjoint(gateways)
+    """Whether an own interface has the network's gateway address. A container may have another gateway.
+
+    An internal network with a subnet of the user's has a bridge address that Docker tells nowhere. Then an
+    own address in the subnet is it.
+    """
+    network = _network(place, networks) or Network("")
+    gateways = {place.gateway, *network.gateways} - {""}
+    if gateways or network.router:
+        return not own_networks.addresses.isdisjoint(gateways)
+    subnets = [ipaddress.ip_network(subnet) for subnet in network.subnets]
+    own = map(ipaddress.ip_address, own_networks.addresses)
+    return any(address in subnet for address in own for subnet in subnets)
 
 
 def _network(place: Attachment, networks: Mapping[str, Network]) -> Network | None:

@@ -1,6 +1,6 @@
 """The image with as little as it can be given, and clients that never let go.
 
-Fault row S4 for its main job; sections 7 and 8 of docs/design.md.
+Fault row S4 for its main job.
 """
 
 from __future__ import annotations

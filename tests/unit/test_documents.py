@@ -239,7 +239,19 @@ def test_the_gateways_of_a_network(
     ipam: Any, options: Any, gateways: set[str], router: bool
 ) -> None:
     listed = [{"Id": "n", "Driver": "bridge", "IPAM": ipam, "Options": options}]
-    assert networks_of(listed)["n"] == Network("bridge", frozenset(gateways), router)
+    found = networks_of(listed)["n"]
+    assert found == Network("bridge", frozenset(gateways), router, found.subnets)
+
+
+def test_the_subnets_of_a_network() -> None:
+    configs = [
+        {"Subnet": "10.5.0.0/24"},
+        {"Subnet": "fd00:0::/64"},
+        {"Subnet": "everybody"},
+        {"Subnet": 7},
+    ]
+    listed = [{"Id": "n", "Driver": "bridge", "IPAM": {"Config": configs}}]
+    assert networks_of(listed)["n"].subnets == {"10.5.0.0/24", "fd00::/64"}
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,14 @@ def test_from_the_host_no_bridge_is_a_problem() -> None:
         ("10.3.0.50", {ALPHA: Network("bridge", frozenset({"10.3.0.254"}))}, "10.3.0.1"),
         ("", {ALPHA: Network("bridge", frozenset({"10.3.0.254"}))}, "10.3.0.1"),
         ("", {ALPHA: Network("bridge", frozenset({"10.3.0.253"}))}, None),
+        # Internal, with a subnet of the user's: no gateway is told, but the bridge's own address is in it.
+        (
+            "",
+            {ALPHA: Network("bridge", subnets=frozenset({"10.3.0.0/24", "fd00::/64"}))},
+            "10.3.0.1",
+        ),
+        ("", {ALPHA: Network("bridge", subnets=frozenset({"10.9.0.0/24"}))}, None),
+        ("", {ALPHA: Network("bridge", router=True, subnets=frozenset({"10.3.0.0/24"}))}, None),
         # The host is the router of a LAN, and cannot reach its own macvlan.
         ("10.3.0.254", {ALPHA: Network("macvlan", frozenset({"10.3.0.254"}))}, None),
     ],
