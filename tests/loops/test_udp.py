@@ -858,39 +858,24 @@ def test_no_hold_drops(start_udp: StartWorker, peers: Peers) -> None:
     check_udp_counters(worker)
 
 
-def test_what_waited_too_long_is_dropped(start_udp: StartWorker, peers: Peers) -> None:
-    """U7: datagrams older than the window are dropped and counted, later ones are sent."""
+@pytest.mark.parametrize(("old", "new"), [(5, 3), (64, 10)], ids=["few", "a-full-queue"])
+def test_what_waited_too_long_is_dropped(
+    start_udp: StartWorker, peers: Peers, old: int, new: int
+) -> None:
+    """U7: datagrams older than the window are dropped and counted; later ones are sent in their place."""
     client, server = peers.udp(), peers.udp()
     worker = start_udp(hold=300)
     to = ("127.0.0.1", worker.port)
-    for number in range(5):
+    for number in range(old):
         client.sendto(datagram(1, number, 50), to)
-    worker.wait_for(queued=5)
+    worker.wait_for(queued=old)
     time.sleep(0.4)  # the time is what is tested
-    for number in range(5, 8):
+    for number in range(old, old + new):
         client.sendto(datagram(1, number, 50), to)
-    worker.wait_for(received_from_client=8)
+    worker.wait_for(received_from_client=old + new)
     worker.repoint(destination(server))
-    assert numbers(receive(server, 3)) == [5, 6, 7]
-    worker.wait_for(dropped_no_backend=5, queued=0)
-    check_udp_counters(worker)
-
-
-def test_a_full_queue_makes_room_with_time(start_udp: StartWorker, peers: Peers) -> None:
-    """U7: a queue full of datagrams that are too old takes new ones in their place."""
-    client, server = peers.udp(), peers.udp()
-    worker = start_udp(hold=300)
-    to = ("127.0.0.1", worker.port)
-    for number in range(64):
-        client.sendto(datagram(1, number, 50), to)
-    worker.wait_for(queued=64)
-    time.sleep(0.4)  # the time is what is tested
-    for number in range(64, 74):
-        client.sendto(datagram(1, number, 50), to)
-    worker.wait_for(received_from_client=74)
-    worker.repoint(destination(server))
-    assert numbers(receive(server, 10)) == list(range(64, 74))
-    worker.wait_for(dropped_no_backend=64, queued=0)
+    assert numbers(receive(server, new)) == list(range(old, old + new))
+    worker.wait_for(dropped_no_backend=old, queued=0)
     check_udp_counters(worker)
 
 
